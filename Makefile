@@ -1,0 +1,57 @@
+# Everything runs in .venv, which the first target that needs it makes. PYTHON chooses its Python.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CLANG_FORMAT_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: test bench build lint format cpp-test sanitize wheel clean
+
+test: build
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The options of the benchmark go into BENCH_ARGS; `.venv/bin/python -m rnn_fused.bench --help`.
+bench: build
+	$(BIN)/python -m rnn_fused.bench $(BENCH_ARGS)
+
+# Compiles what changed since the last build.
+build: $(VENV)/.installed
+	$(BIN)/python setup.py -q build_ext --inplace
+
+# torch first and by its exact version: any range may download gigabytes of CUDA packages. The
+# build's other requirements are those of pyproject.toml.
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "rnn_fused needs Python 3.10")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install torch==2.13.0
+	$(BIN)/python -m pip install "setuptools>=77" "ninja>=1.11" "pybind11>=2.13,<4"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --no-build-isolation --editable ".[test,bench,lint]"
+	touch $@
+
+# pre-commit reads the files that git tracks.
+lint: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CLANG_FORMAT_FILES)
+
+cpp-test:
+	cmake -S . -B build/cmake
+	cmake --build build/cmake --parallel
+	ctest --test-dir build/cmake --output-on-failure
+
+# The C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize:
+	cmake -S . -B build/cmake-asan -DRNN_FUSED_SANITIZE=address,undefined
+	cmake --build build/cmake-asan --parallel
+	ctest --test-dir build/cmake-asan --output-on-failure
+
+wheel: $(VENV)/.installed
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info rnn_fused/*.so

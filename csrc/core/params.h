@@ -1,0 +1,93 @@
+// What one call of a recurrent layer needs, without torch: sizes, pointers and their shapes.
+//
+// Axes: T timesteps, B sequences, N rows (one row = one sequence at one timestep), I input size,
+// H hidden size, P size of h (H, or the projection's), G gates (LSTM 4, GRU 3, RNN 1),
+// S saved values per unit (LSTM and GRU 4, RNN 1), D directions (1 or 2).
+//
+// Rows are ordered by time. Dense: row(t, b) = t * B + b. Ragged (a PackedSequence): the sequences are
+// sorted by decreasing length, timestep t holds the first batch_sizes[t] of them, and
+// row(t, b) = row_start[t] + b. The reverse direction walks t downwards over the same rows, so a
+// sequence joins at its own end.
+#pragma once
+
+#include <cstdint>
+
+#include "csrc/core/host_device.h"
+
+namespace rnn_fused {
+
+enum class Cell { lstm, gru, rnn_tanh, rnn_relu };
+
+// Storage type. Maths and accumulation happen in float for the 16-bit types.
+enum class DType { f32, f64, bf16, f16 };
+
+RNN_FUSED_HD constexpr int gate_count(Cell cell) {
+  return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1;
+}
+
+// Values kept per unit and row for the backward pass: the GRU adds hn = W_hn h + b_hn to its gates.
+RNN_FUSED_HD constexpr int saved_count(Cell cell) { return cell == Cell::gru ? 4 : gate_count(cell); }
+
+struct LayerShape {
+  Cell cell;
+  DType dtype;
+  int64_t T, B, H, P;
+  int directions;
+  const int64_t* batch_sizes;  // [T] non-increasing, or null: B at every timestep
+  const int64_t* row_start;    // [T], or null: t * B
+
+  // Sequences that reach timestep t, and the row of the first.
+  RNN_FUSED_HD int64_t active(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
+  RNN_FUSED_HD int64_t row(int64_t t) const { return row_start ? row_start[t] : t * B; }
+  RNN_FUSED_HD bool projected() const { return P != H; }
+};
+
+// Weights of one direction. "any" pointers have the layer's dtype.
+struct DirectionWeights {
+  const void* weight_hh;  // [G*H, P]
+  const void* weight_hr;  // [P, H]; null without a projection
+  const void* bias_ih;    // [G*H] or null
+  const void* bias_hh;    // [G*H] or null
+  const void* h0;         // [B, P]
+  const void* c0;         // [B, H]; LSTM only, else null
+};
+
+struct ForwardDirection : DirectionWeights {
+  // [N, gates_stride]; on entry the first G*H of a row are W_ih x. With save, the activated gates
+  // replace them: LSTM (i, f, g, o), GRU (r, z, n, hn). For an RNN it may alias output.
+  void* gates;
+  void* cells;   // [N, H] c of every row in the accumulation type; LSTM with save only, else null
+  void* output;  // [N, output_stride], this direction's first column
+  void* h_n;     // [B, P]
+  void* c_n;     // [B, H]; LSTM only
+};
+
+struct ForwardParams : LayerShape {
+  ForwardDirection direction[2];
+  int64_t gates_stride;   // elements between rows of gates
+  int64_t output_stride;  // elements between rows of output
+  bool save;
+};
+
+struct BackwardDirection : DirectionWeights {
+  const void* gates;        // [N, S*H] as saved; null for an RNN
+  const void* cells;        // [N, H] as saved; LSTM only
+  const void* output;       // [N, output_stride]
+  const void* grad_output;  // [N, output_stride] or null for zero
+  const void* grad_h_n;     // [B, P] or null for zero
+  const void* grad_c_n;     // [B, H] or null for zero
+  // Gradients of the pre-activations, [N, S*H]: LSTM (i, f, g, o), GRU (r, z, n, hn), RNN (a).
+  void* grad_gates;
+  // With a projection only: what dW_hr = grad_projected^T hidden needs.
+  void* grad_projected;  // [N, P] total gradient of h
+  void* hidden;          // [N, H] o * tanh(c), recomputed
+  void* grad_h0;         // [B, P]
+  void* grad_c0;         // [B, H]; LSTM only
+};
+
+struct BackwardParams : LayerShape {
+  BackwardDirection direction[2];
+  int64_t output_stride;  // elements between rows of output and grad_output
+};
+
+}  // namespace rnn_fused

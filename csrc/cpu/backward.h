@@ -1,0 +1,184 @@
+// The backward timestep loop: the chain of dh (and dc) through time. It leaves the gradient of every
+// pre-activation in grad_gates; the weight, bias and input gradients are large products of those.
+#pragma once
+
+#include "csrc/core/cells.h"
+#include "csrc/cpu/math.h"
+#include "csrc/cpu/team.h"
+#include "csrc/cpu/weights.h"
+
+namespace rnn_fused::RNN_FUSED_ISA {
+
+template <class T, Cell kCell>
+class Backward {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  using Recurrent = Weights<T, 4, Layout::rows>;
+  static constexpr bool kLstm = kCell == Cell::lstm;
+  static constexpr bool kGru = kCell == Cell::gru;
+  static constexpr int kWidth = kLanes<A>;
+  static constexpr int64_t kPanel = Recurrent::kPanelWidth;
+
+  struct Direction : BackwardDirection {
+    Recurrent weights;     // [G*H, P]
+    Recurrent projection;  // [P, H]
+    // Gradients of the pre-activations that reach W_hh, written at even and at odd steps.
+    Buffer<Operand<T>> gate_operand[2];  // [B, Kp]
+    Buffer<Operand<T>> dh_operand;       // [B, Pp] with a projection only: the operand of W_hr
+    Buffer<A> dh;                        // [B, Pp] from later timesteps
+    Buffer<A> dhidden;                   // [B, Hp] with a projection only: of o * tanh(c)
+    Buffer<A> dc;                        // [B, Hp]
+  };
+
+ public:
+  Backward(const BackwardParams& params, const Schedule& schedule, const Host& host)
+      : p_(params),
+        schedule_(schedule),
+        host_(host),
+        Hp_(round_up(params.H, kPanel)),
+        Pp_(round_up(params.P, kPanel)),
+        K_(gate_count(kCell) * params.H),
+        Kp_(round_up(K_, kPanel)) {
+    for (int d = 0; d < p_.directions; ++d) prepare(d);
+  }
+
+  void run() {
+    run_team(p_, schedule_, host_, dir_[0].weights.panel_count(), *this);
+    for (int d = 0; d < p_.directions; ++d) {
+      copy_back<T>(dir_[d].dh.get(), Pp_, p_.B, p_.P, dir_[d].grad_h0);
+      if constexpr (kLstm) copy_back<T>(dir_[d].dc.get(), Hp_, p_.B, p_.H, dir_[d].grad_c0);
+    }
+  }
+
+  void pack(int d, Range panels) { dir_[d].weights.pack(panels.begin, panels.end); }
+
+  // Step s undoes the forward pass's last step but s.
+  template <class Sync>
+  void step(int d, int64_t s, Range rows, Range panels, const Sync& sync) {
+    Direction& dir = dir_[d];
+    const int64_t t = d == 0 ? p_.T - 1 - s : s;
+    rows.end = std::min(rows.end, p_.active(t));
+    Operand<T>* operand = dir.gate_operand[s % 2].get();
+    const Range columns = {panels.begin * kPanel, std::min(panels.end * kPanel, p_.P)};
+    if (p_.projected()) unproject(dir, t, rows);
+    for (int64_t b = rows.begin; b < rows.end; ++b) gate_gradients(d, t, b, columns, operand);
+    sync();
+    dir.weights.multiply(operand, Kp_, rows.begin, rows.end, panels.begin, panels.end,
+                         [&](int64_t b, int height, int64_t column, const A* product) {
+                           for (int r = 0; r < height; ++r, ++b, product += kPanel)
+                             for (int64_t v = 0; v < kPanel; v += kWidth) {
+                               A* dh = dir.dh + b * Pp_ + column + v;
+                               store(dh, kGru ? load(dh) + load(product + v) : load(product + v));
+                             }
+                         });
+  }
+
+ private:
+  void prepare(int d) {
+    Direction& dir = dir_[d];
+    static_cast<BackwardDirection&>(dir) = p_.direction[d];
+    dir.weights = {dir.weight_hh, p_.P, K_, schedule_.pack};
+    for (auto& operand : dir.gate_operand) operand = Buffer<Operand<T>>::zeros(p_.B * Kp_);
+    dir.dh = Buffer<A>::zeros(p_.B * Pp_);
+    copy_matrix<T>(dir.grad_h_n, p_.B, p_.P, dir.dh.get(), Pp_);
+    if constexpr (kLstm) {
+      dir.dc = Buffer<A>::zeros(p_.B * Hp_);
+      copy_matrix<T>(dir.grad_c_n, p_.B, p_.H, dir.dc.get(), Hp_);
+      if (p_.projected()) {
+        dir.projection = {dir.weight_hr, p_.H, p_.P, schedule_.pack};
+        dir.projection.pack(0, dir.projection.panel_count());
+        dir.dh_operand = Buffer<Operand<T>>::zeros(p_.B * Pp_);
+        dir.dhidden = Buffer<A>::zeros(p_.B * Hp_);
+      }
+    }
+  }
+
+  // dh of one register of columns: what the caller passes for this row and what later steps left.
+  V total_dh(const Direction& dir, int64_t row, int64_t b, int64_t column) const {
+    const V dh = load(dir.dh + b * Pp_ + column);
+    if (!dir.grad_output) return dh;
+    const T* grad = static_cast<const T*>(dir.grad_output) + row * p_.output_stride + column;
+    return dh + load(grad, lanes_left<T>(p_.P - column));
+  }
+
+  // Through h = W_hr (o * tanh(c)): dhidden = dh W_hr.
+  void unproject(Direction& dir, int64_t t, Range rows) const {
+    for (int64_t b = rows.begin; b < rows.end; ++b)
+      for (int64_t j = 0; j < p_.P; j += kWidth) {
+        const int n = lanes_left<T>(p_.P - j);
+        const V dh = total_dh(dir, p_.row(t) + b, b, j);
+        store(static_cast<T*>(dir.grad_projected) + (p_.row(t) + b) * p_.P + j, dh, n);
+        store(dir.dh_operand + b * Pp_ + j, dh, n);
+      }
+    dir.projection.multiply(dir.dh_operand.get(), Pp_, rows.begin, rows.end, 0, dir.projection.panel_count(),
+                            [&](int64_t b, int height, int64_t column, const A* product) {
+                              for (int r = 0; r < height; ++r, ++b, product += kPanel)
+                                std::copy_n(product, kPanel, dir.dhidden + b * Hp_ + column);
+                            });
+  }
+
+  // The gates of one row, for the hidden units of `columns`. With a projection those are all of them.
+  void gate_gradients(int d, int64_t t, int64_t b, Range columns, Operand<T>* operand) {
+    Direction& dir = dir_[d];
+    const int64_t H = p_.H, row = p_.row(t) + b;
+    const int64_t end = p_.projected() ? H : columns.end;
+    // Where this row's state came from: the step before it, or the initial state.
+    const int64_t before = d == 0 ? t - 1 : t + 1;
+    const bool first = before < 0 || before >= p_.T || p_.active(before) <= b;
+    const int64_t row_before = first ? 0 : p_.row(before) + b;
+    const T* gates = static_cast<const T*>(dir.gates) + row * saved_count(kCell) * H;
+    T* grads = static_cast<T*>(dir.grad_gates) + row * saved_count(kCell) * H;
+    operand += b * Kp_;
+
+    for (int64_t j = p_.projected() ? 0 : columns.begin; j < end; j += kWidth) {
+      const int n = lanes_left<T>(H - j);
+      const auto put = [&](int saved, V grad, int gate) {
+        store(grads + saved * H + j, grad, n);
+        if (gate >= 0) store(operand + gate * H + j, grad, n);
+      };
+      if constexpr (kLstm) {
+        const A* cells = static_cast<const A*>(dir.cells);
+        const LstmGates<V> a = {load(gates + j, n), load(gates + H + j, n), load(gates + 2 * H + j, n),
+                                load(gates + 3 * H + j, n)};
+        const V c_prev = first ? load(static_cast<const T*>(dir.c0) + b * H + j, n)
+                               : load(cells + row_before * H + j, n);
+        const V dh = p_.projected() ? load(dir.dhidden + b * Hp_ + j) : total_dh(dir, row, b, j);
+        A* dc = dir.dc + b * Hp_ + j;
+        const LstmGrads<V> g = lstm_backward<Math<A>>(a, load(cells + row * H + j, n), c_prev, dh, load(dc));
+        put(0, g.gates.i, 0);
+        put(1, g.gates.f, 1);
+        put(2, g.gates.g, 2);
+        put(3, g.gates.o, 3);
+        store(dc, g.c_prev);
+        if (p_.projected()) store(static_cast<T*>(dir.hidden) + row * H + j, g.hidden, n);
+      } else {
+        const T* output = static_cast<const T*>(dir.output);
+        const V dh = total_dh(dir, row, b, j);
+        if constexpr (kGru) {
+          const GruGates<V> a = {load(gates + j, n), load(gates + H + j, n), load(gates + 2 * H + j, n),
+                                 load(gates + 3 * H + j, n)};
+          const V h_prev = first ? load(static_cast<const T*>(dir.h0) + b * H + j, n)
+                                 : load(output + row_before * p_.output_stride + j, n);
+          const GruGrads<V> g = gru_backward(a, h_prev, dh);
+          put(0, g.gates.r, 0);
+          put(1, g.gates.z, 1);
+          put(2, g.gates.n, -1);
+          put(3, g.gates.hn, 2);
+          store(dir.dh + b * Pp_ + j, g.h_prev);
+        } else {
+          const V h = load(output + row * p_.output_stride + j, n);
+          put(0, kCell == Cell::rnn_tanh ? dh * (1 - h * h) : Math<A>::relu_grad(h, dh), 0);
+        }
+      }
+    }
+  }
+
+  const BackwardParams& p_;
+  const Schedule& schedule_;
+  const Host& host_;
+  const int64_t Hp_, Pp_;   // H and P padded to whole panels
+  const int64_t K_, Kp_;    // G*H, and padded
+  Direction dir_[2];
+};
+
+}  // namespace rnn_fused::RNN_FUSED_ISA

@@ -1,0 +1,37 @@
+#include "csrc/cpu/cpu.h"
+
+namespace rnn_fused {
+
+namespace {
+
+template <class Params>
+using Kernel = void (*)(const Params&, const Schedule&, const Host&);
+
+template <class Params>
+void run(Kernel<Params> kernel, const Params& params, const Host& host) {
+  const Plan plan = plan_layer(params, host.threads);
+  const std::vector<Range> rows = balanced_rows(params, plan.row_parts);
+  kernel(params, {plan, rows.data()}, host);
+}
+
+}  // namespace
+
+#if defined(__x86_64__)
+#define RNN_FUSED_KERNEL(pass)                        \
+  (isa == Isa::avx512_bf16 ? avx512_bf16::pass        \
+   : isa == Isa::avx512    ? avx512::pass             \
+   : isa == Isa::avx2      ? avx2::pass               \
+                           : portable::pass)
+#else
+#define RNN_FUSED_KERNEL(pass) (static_cast<void>(isa), portable::pass)
+#endif
+
+void cpu_forward(Isa isa, const ForwardParams& params, const Host& host) {
+  run<ForwardParams>(RNN_FUSED_KERNEL(forward), params, host);
+}
+
+void cpu_backward(Isa isa, const BackwardParams& params, const Host& host) {
+  run<BackwardParams>(RNN_FUSED_KERNEL(backward), params, host);
+}
+
+}  // namespace rnn_fused

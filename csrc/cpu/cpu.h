@@ -1,0 +1,32 @@
+// The CPU kernels as the binding sees them.
+#pragma once
+
+#include "csrc/core/params.h"
+#include "csrc/cpu/parallel.h"
+#include "csrc/cpu/plan.h"
+#include "csrc/cpu/select.h"
+
+namespace rnn_fused {
+
+// T, B and H at least 1. Throws nothing but std::bad_alloc, before any output is written.
+void cpu_forward(Isa isa, const ForwardParams& params, const Host& host);
+void cpu_backward(Isa isa, const BackwardParams& params, const Host& host);
+
+// A plan with the ranges of its row_parts.
+struct Schedule : Plan {
+  const Range* rows;
+};
+
+// One pair per instruction set, defined in isa_*.cpp.
+#define RNN_FUSED_DECLARE_ISA(name)                                                             \
+  namespace name {                                                                              \
+  void forward(const ForwardParams& params, const Schedule& schedule, const Host& host);        \
+  void backward(const BackwardParams& params, const Schedule& schedule, const Host& host);      \
+  }
+RNN_FUSED_DECLARE_ISA(portable)
+RNN_FUSED_DECLARE_ISA(avx2)
+RNN_FUSED_DECLARE_ISA(avx512)
+RNN_FUSED_DECLARE_ISA(avx512_bf16)
+#undef RNN_FUSED_DECLARE_ISA
+
+}  // namespace rnn_fused

@@ -1,0 +1,96 @@
+// Vectorised exp, sigmoid and tanh for float and double, in the compiler's vector extensions.
+//
+// Largest errors (tests/cpp/math_test.cpp): 3 ulp for sigmoid and tanh in float, 3 ulp in double,
+// relative to the exact value, over the whole range where the result is a normal number.
+// NaN gives NaN, infinities saturate.
+#pragma once
+
+#include "csrc/cpu/simd.h"
+
+namespace rnn_fused::RNN_FUSED_ISA {
+
+template <class A>
+struct ExpConstants;
+
+template <>
+struct ExpConstants<float> {
+  using Int = int32_t;
+  static constexpr int mantissa_bits = 23;
+  static constexpr Int exponent_bias = 127;
+  static constexpr float round_magic = 0x1.8p23f;  // adding it rounds to an integer in the low bits
+  static constexpr float log2e = 0x1.715476p+0f;
+  static constexpr float ln2_high = 0x1.62e4p-1f;  // short enough that n * ln2_high is exact
+  static constexpr float ln2_low = 0x1.7f7d1cp-20f;
+  static constexpr float sigmoid_limit = 87.0f;  // exp stays a normal number
+  static constexpr float tanh_limit = 9.1f;      // beyond it tanh rounds to 1
+  // expm1(r) = r + r^2 * q(r) on |r| <= ln2 / 2, Taylor: the first omitted term is below 2^-25 of r.
+  static constexpr float q[] = {1.0f / 2, 1.0f / 6, 1.0f / 24, 1.0f / 120, 1.0f / 720, 1.0f / 5040};
+};
+
+template <>
+struct ExpConstants<double> {
+  using Int = int64_t;
+  static constexpr int mantissa_bits = 52;
+  static constexpr Int exponent_bias = 1023;
+  static constexpr double round_magic = 0x1.8p52;
+  static constexpr double log2e = 0x1.71547652b82fep+0;
+  static constexpr double ln2_high = 0x1.62e42fefap-1;
+  static constexpr double ln2_low = 0x1.cf79abc9e3b3ap-40;
+  static constexpr double sigmoid_limit = 708.0;
+  static constexpr double tanh_limit = 20.0;
+  static constexpr double q[] = {
+      1.0 / 2,       1.0 / 6,        1.0 / 24,        1.0 / 120,        1.0 / 720,         1.0 / 5040,
+      1.0 / 40320,   1.0 / 362880,   1.0 / 3628800,   1.0 / 39916800,   1.0 / 479001600,   1.0 / 6227020800};
+};
+
+template <class A>
+struct Math {
+  using V = Vec<A>;
+  using C = ExpConstants<A>;
+  using Int = typename C::Int;
+  using IntV = VecLike<A, Int>;
+
+  static V sigmoid(V x) {
+    const Reduced e = reduce(-clamp(x, C::sigmoid_limit));
+    return 1 / (1 + (e.scale + e.scale * e.expm1));
+  }
+
+  // tanh|x| = expm1(2|x|) / (expm1(2|x|) + 2), which keeps the relative accuracy near zero.
+  static V tanh(V x) {
+    const IntV sign = bit_cast<IntV>(x) & sign_bit();
+    const V magnitude = bit_cast<V>(bit_cast<IntV>(x) & ~sign_bit());
+    const V limited = magnitude > C::tanh_limit ? V{} + C::tanh_limit : magnitude;
+    const Reduced e = reduce(2 * limited);
+    const V expm1 = e.scale * e.expm1 + (e.scale - 1);
+    return bit_cast<V>(bit_cast<IntV>(expm1 / (expm1 + 2)) | sign);
+  }
+
+  static V relu(V x) { return x < 0 ? V{} : x; }  // NaN stays NaN, as in torch
+  static V relu_grad(V y, V dy) { return y > 0 ? dy : V{}; }
+
+ private:
+  struct Reduced {  // exp = scale * (1 + expm1)
+    V scale, expm1;
+  };
+
+  static IntV sign_bit() { return IntV{} + static_cast<Int>(Int{1} << (8 * sizeof(A) - 1)); }
+
+  static V clamp(V x, A limit) {  // comparisons are false for NaN, which passes through
+    const V low = x < -limit ? V{} - limit : x;
+    return low > limit ? V{} + limit : low;
+  }
+
+  static Reduced reduce(V x) {
+    const V shifted = x * C::log2e + C::round_magic;
+    const V n = shifted - C::round_magic;
+    const V r = (x - n * C::ln2_high) - n * C::ln2_low;
+    constexpr int degree = sizeof(C::q) / sizeof(A);
+    V q = V{} + C::q[degree - 1];
+    for (int i = degree - 2; i >= 0; --i) q = q * r + C::q[i];
+    // The low bits of `shifted` hold n as an integer.
+    const IntV exponent = bit_cast<IntV>(shifted) + C::exponent_bias;
+    return {bit_cast<V>(exponent << C::mantissa_bits), r + r * r * q};
+  }
+};
+
+}  // namespace rnn_fused::RNN_FUSED_ISA

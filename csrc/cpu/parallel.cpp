@@ -1,0 +1,34 @@
+#include "csrc/cpu/parallel.h"
+
+#include <thread>
+
+namespace rnn_fused {
+
+namespace {
+
+constexpr int kSpins = 4000;  // some 50 us: a few times the longest step that is worth a barrier
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+}  // namespace
+
+void Barrier::arrive_and_wait(int64_t parts) {
+  const uint32_t phase = phase_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(parts, std::memory_order_acq_rel) + parts == parts_) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
+    if (spins < kSpins)
+      pause();
+    else
+      std::this_thread::yield();  // somebody else needs this core
+  }
+}
+
+}  // namespace rnn_fused

@@ -1,0 +1,48 @@
+#include "csrc/cpu/plan.h"
+
+#include <algorithm>
+
+namespace rnn_fused {
+
+Plan plan_layer(const LayerShape& s, int threads) {
+  // Measured: docs/performance.md. Work is counted in multiply-adds of the recurrent product.
+  constexpr double kRowsToRepayPacking = 12;
+  constexpr double kStepToRepayBarrier = 60e3;
+  constexpr double kWorkToRepayThreads = 300e3;
+
+  Plan plan;
+  plan.pack = static_cast<double>(s.T) * s.B >= kRowsToRepayPacking;
+  const double columns = gate_count(s.cell) * s.H + (s.projected() ? s.H : 0);
+  const double step = columns * s.P * s.B * s.directions;
+  if (threads == 1 || step * s.T < kWorkToRepayThreads) return plan;
+
+  // The directions run side by side, so that each wants half of an even number of threads.
+  const int64_t wanted = s.directions == 2 && threads % 2 == 0 ? threads / 2 : threads;
+  if (s.B < wanted && !s.projected() && step >= kStepToRepayBarrier)
+    plan.unit_parts = threads;
+  else
+    plan.row_parts = std::min<int64_t>(wanted, s.B);
+  return plan;
+}
+
+std::vector<Range> balanced_rows(const LayerShape& s, int64_t parts) {
+  std::vector<Range> ranges;
+  if (!s.batch_sizes) {
+    for (int64_t i = 0; i < parts; ++i) ranges.push_back({s.B * i / parts, s.B * (i + 1) / parts});
+    return ranges;
+  }
+  std::vector<int64_t> steps(s.B);  // of the sequences up to and with b
+  int64_t total = 0;
+  for (int64_t b = 0, length = s.T; b < s.B; ++b) {
+    while (length > 0 && s.batch_sizes[length - 1] <= b) --length;
+    steps[b] = total += length;
+  }
+  for (int64_t i = 1, b = 0; i <= parts; ++i) {
+    const int64_t begin = b;
+    while (b < s.B && steps[b] * parts <= total * i) ++b;
+    ranges.push_back({begin, b});
+  }
+  return ranges;
+}
+
+}  // namespace rnn_fused

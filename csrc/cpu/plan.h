@@ -1,0 +1,25 @@
+// How the CPU runs a layer: packed weights or not, and which thread does what.
+#pragma once
+
+#include <vector>
+
+#include "csrc/core/params.h"
+#include "csrc/cpu/parallel.h"
+
+namespace rnn_fused {
+
+struct Plan {
+  bool pack = false;  // rearrange the recurrent weights before the loop
+  // Either the sequences of each direction are divided, and no thread waits for another, or the
+  // hidden units are, with a barrier every step.
+  int64_t row_parts = 1;
+  int64_t unit_parts = 1;
+};
+
+// A pure function of the layer's shape.
+Plan plan_layer(const LayerShape& shape, int threads);
+
+// Splits the sequences into ranges of nearly equal total length.
+std::vector<Range> balanced_rows(const LayerShape& shape, int64_t parts);
+
+}  // namespace rnn_fused

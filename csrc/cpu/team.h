@@ -1,0 +1,49 @@
+// Runs a loop's steps on the caller's threads, as the schedule divides them.
+#pragma once
+
+#include "csrc/cpu/cpu.h"
+
+namespace rnn_fused::RNN_FUSED_ISA {
+
+template <class Body>
+void parallel_for(const Host& host, int64_t n, const Body& body) {
+  const auto call = [](void* context, int64_t begin, int64_t end) {
+    (*static_cast<const Body*>(context))(begin, end);
+  };
+  if (n == 1 || host.threads == 1)
+    body(0, n);
+  else
+    host.parallel_for(n, call, const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// loop.pack(direction, panels) rearranges weights; loop.step(direction, s, rows, panels, sync) computes
+// step s and calls sync() once, to wait for the others that work on the same sequences.
+template <class Loop>
+void run_team(const LayerShape& shape, const Schedule& schedule, const Host& host, int64_t panels, Loop& loop) {
+  if (schedule.unit_parts > 1) {
+    // Every part owns some hidden units of all directions and sequences, in lockstep.
+    Barrier barrier(schedule.unit_parts);
+    parallel_for(host, schedule.unit_parts, [&](int64_t begin, int64_t end) {
+      const Range own = {panels * begin / schedule.unit_parts, panels * end / schedule.unit_parts};
+      const auto sync = [&] { barrier.arrive_and_wait(end - begin); };
+      for (int d = 0; d < shape.directions; ++d) loop.pack(d, own);
+      for (int64_t s = 0; s < shape.T; ++s)
+        for (int d = 0; d < shape.directions; ++d) loop.step(d, s, {0, shape.B}, own, sync);
+    });
+    return;
+  }
+  if (schedule.pack)
+    parallel_for(host, shape.directions * panels, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) loop.pack(static_cast<int>(i / panels), {i % panels, i % panels + 1});
+    });
+  // Every part owns some sequences of one direction.
+  const auto sync = [] {};
+  parallel_for(host, shape.directions * schedule.row_parts, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task)
+      for (int64_t s = 0; s < shape.T; ++s)
+        loop.step(static_cast<int>(task / schedule.row_parts), s, schedule.rows[task % schedule.row_parts],
+                  {0, panels}, sync);
+  });
+}
+
+}  // namespace rnn_fused::RNN_FUSED_ISA

@@ -1,0 +1,139 @@
+// The product of a step: rows of h (or of gate gradients) times a panel of recurrent weights.
+//
+// A panel holds the weights of kVectors registers of output columns. Forward, the columns are
+// kLanes hidden units of each gate, so that one tile yields every gate of its units; where there is
+// one product a unit (backward, RNN, projection) they are kVectors * kLanes neighbouring columns.
+#pragma once
+
+#include "csrc/cpu/simd.h"
+
+namespace rnn_fused::RNN_FUSED_ISA {
+
+// How one instruction multiplies: the type of the left operand, kDepth values of k at a time.
+template <class T>
+struct Product {
+  using Operand = Acc<T>;
+  using Value = Vec<Acc<T>>;
+  static constexpr int kDepth = 1;
+  static Value value(const Operand* a) { return broadcast(*a); }
+  static Value weight(const T* w) { return load(w); }
+  static void accumulate(Vec<Acc<T>>& sum, Value a, Value w) { sum += a * w; }
+};
+
+#if defined(__AVX512BF16__)
+// vdpbf16ps adds the products of two neighbouring k to each float lane.
+template <>
+struct Product<bf16> {
+  using Operand = bf16;
+  using Value = __m512bh;
+  static constexpr int kDepth = 2;
+  static Value value(const Operand* a) {
+    return (__m512bh)_mm512_set1_epi32(load_as<int32_t>(a));
+  }
+  static Value weight(const bf16* w) { return (__m512bh)load_as<__m512i>(w); }
+  static void accumulate(Vec<float>& sum, Value a, Value w) {
+    sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, a, w);
+  }
+};
+#endif
+
+template <class T>
+using Operand = typename Product<T>::Operand;
+
+// A panel is [K / kDepth, kVectors * kLanes, kDepth], K padded with zeros.
+template <class T>
+constexpr int64_t padded_depth(int64_t K) {
+  constexpr int64_t depth = Product<T>::kDepth;
+  return (K + depth - 1) / depth * depth;
+}
+
+// Largest number of rows whose accumulators, with one weight and the broadcast values, fit in the
+// vector registers: 32 of them with AVX-512, else 16.
+template <int kVectors>
+constexpr int kTileRows = RNN_FUSED_VECTOR_BYTES == 64 ? (kVectors == 4 ? 6 : 8) : (kVectors == 4 ? 2 : 3);
+
+// out[r][v * kLanes + l] = sum_k a[r * lda + k] * panel(k, v * kLanes + l), K a multiple of kDepth.
+// Every sum runs over k in the same order whatever the height of the tile, so that a sequence's
+// result does not depend on the rest of the batch or on the number of threads.
+template <class T, int kVectors, int kRows>
+__attribute__((noinline)) void multiply_tile(const Operand<T>* a, int64_t lda, const T* panel,
+                                             int64_t K, Acc<T>* out) {
+  using A = Acc<T>;
+  using M = Product<T>;
+  Vec<A> sum[kRows][kVectors] = {};
+  for (int64_t k = 0; k < K; k += M::kDepth, panel += kVectors * kLanes<A> * M::kDepth) {
+    typename M::Value value[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) value[r] = M::value(a + r * lda + k);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const typename M::Value weight = M::weight(panel + v * kLanes<A> * M::kDepth);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) M::accumulate(sum[r][v], value[r], weight);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(out + (r * kVectors + v) * kLanes<A>, sum[r][v]);
+}
+
+template <class T>
+using TileFn = void (*)(const Operand<T>*, int64_t, const T*, int64_t, Acc<T>*);
+
+// multiply_tile for a number of rows known at run time, 1 to kTileRows.
+template <class T, int kVectors>
+TileFn<T> tile_for_rows(int rows) {
+  constexpr int kMost = kTileRows<kVectors>;
+  static constexpr TileFn<T> table[] = {
+      multiply_tile<T, kVectors, 1>,
+      multiply_tile<T, kVectors, kMost < 2 ? kMost : 2>,
+      multiply_tile<T, kVectors, kMost < 3 ? kMost : 3>,
+      multiply_tile<T, kVectors, kMost < 4 ? kMost : 4>,
+      multiply_tile<T, kVectors, kMost < 5 ? kMost : 5>,
+      multiply_tile<T, kVectors, kMost < 6 ? kMost : 6>,
+      multiply_tile<T, kVectors, kMost < 7 ? kMost : 7>,
+      multiply_tile<T, kVectors, kMost < 8 ? kMost : 8>,
+  };
+  return table[rows - 1];
+}
+
+// The same products from weights as they lie in memory, for those that are computed too rarely to
+// repay the packing. Where `weight` has a row per output column: a dot product a column.
+template <class T>
+Acc<T> dot(const Operand<T>* a, const T* w, int64_t K) {
+  using A = Acc<T>;
+  constexpr int kWidth = kLanes<A>;
+  Vec<A> sum[2] = {};
+  int64_t k = 0;
+  for (; k + 2 * kWidth <= K; k += 2 * kWidth) {
+    sum[0] += load(a + k) * load(w + k);
+    sum[1] += load(a + k + kWidth) * load(w + k + kWidth);
+  }
+  for (; k < K; k += kWidth) {
+    const int n = lanes_left<T>(K - k);
+    sum[0] += load(a + k, n) * load(w + k, n);
+  }
+  return sum_lanes<A>(sum[0] + sum[1]);
+}
+
+// Where `w` has a row per k, `stride` apart: out[c] = sum_k a[k] * w[k * stride + c], c < columns,
+// columns <= kVectors * kLanes; the rest of out is zero.
+template <class T, int kVectors>
+void multiply_rows(const Operand<T>* a, const T* w, int64_t stride, int64_t columns, int64_t K,
+                   Acc<T>* out) {
+  using A = Acc<T>;
+  Vec<A> sum[kVectors] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    const Vec<A> value = broadcast(to_accumulation(a[k]));
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t rest = columns - v * kLanes<A>;
+      if (rest <= 0) break;
+      const T* column = w + k * stride + v * kLanes<A>;
+      sum[v] += value * load(column, lanes_left<T>(rest));
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) store(out + v * kLanes<A>, sum[v]);
+}
+
+}  // namespace rnn_fused::RNN_FUSED_ISA

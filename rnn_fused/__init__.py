@@ -1,0 +1,27 @@
+"""Fused recurrent layers for PyTorch: drop-in replacements for the RNN modules of `torch.nn`."""
+
+# The op library links against torch's shared objects: torch must be loaded first.
+import torch  # noqa: F401
+
+from . import ops, reference
+from .build_info import build_info
+from .cells import GRUCell, LSTMCell, RNNCell
+from .convert import convert, revert
+from .modules import GRU, LSTM, RNN
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "__version__",
+    "build_info",
+    "convert",
+    "ops",
+    "reference",
+    "revert",
+]

@@ -1,0 +1,276 @@
+"""Derivatives of the fused ops.
+
+`LayerForward` and `LayerBackward` are what `ops.layer` runs in eager mode: autograd and the
+transforms of `torch.func` both understand an autograd.Function with `setup_context` and a `vmap`
+rule. The ops themselves carry the same formulas through `register_autograd`, for compilers and
+direct calls. Forward-mode AD runs the reference instead.
+
+A layer's *primals* are `input, hx, cx, *slots`, where the slots are its weights, field by field
+and direction by direction, None where absent: Functions take tensors as flat arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from . import library, reference
+from .reference import LayerWeights
+
+Slots = Sequence[Tensor | None]
+FIELDS = len(LayerWeights._fields)
+
+
+def flatten(fields: Sequence[Sequence[Any]]) -> list[Any]:
+    """LayerWeights, or anything of that form, as slots."""
+    absent = [None] * len(fields[0])
+    return [*chain.from_iterable(field or absent for field in fields)]
+
+
+def unflatten(slots: Slots) -> LayerWeights:
+    directions = len(slots) // FIELDS
+    fields = (slots[k * directions : (k + 1) * directions] for k in range(FIELDS))
+    return LayerWeights(*(tuple(w for w in field if w is not None) for field in fields))
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode AD is under way (and can be told: a compiler traces no dual numbers)."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def batched_grads(grads: Slots) -> bool:
+    """Whether these come from `torch.autograd.grad(is_grads_batched=True)`, which knows no rules
+    of Functions."""
+    return not torch.compiler.is_compiling() and any(
+        torch._C._functorch.is_legacy_batchedtensor(g) for g in grads if g is not None
+    )
+
+
+class LayerForward(Function):
+    """`layer_forward`, differentiable to any order."""
+
+    @staticmethod
+    def forward(
+        cell: str, save: bool, batch_sizes: Tensor | None, *primals: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = library.layer_forward(
+            *primals[:3], *unflatten(primals[3:]), batch_sizes, cell, save
+        )
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+        ctx.cell, _, batch_sizes, *primals = inputs
+        output, _, c_n, gates, cells = outputs
+        ctx.save_for_backward(batch_sizes, output, gates, cells, *primals)
+        ctx.mark_non_differentiable(gates, cells, *([c_n] if primals[2] is None else []))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, None, *first_order(ctx, grads, ctx.needs_input_grad[3:])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        cell, save, batch_sizes, input, hx, cx, *slots = args
+        if batch_sizes is not None or any(dim is not None for dim in in_dims[6:]):
+            return _loop_over_samples(LayerForward, info, in_dims, args)
+        return _fold_samples(info.batch_size, in_dims[3:6], cell, save, input, hx, cx, slots)
+
+
+class LayerBackward(Function):
+    """`layer_backward`, differentiable to any order through the reference."""
+
+    @staticmethod
+    def forward(
+        cell: str,
+        need_input: bool,
+        need_state: bool,
+        need_weights: bool,
+        batch_sizes: Tensor | None,
+        output: Tensor,
+        gates: Tensor,
+        cells: Tensor,
+        grad_output: Tensor | None,
+        grad_h_n: Tensor | None,
+        grad_c_n: Tensor | None,
+        *primals: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        grads = grad_output, grad_h_n, grad_c_n
+        *gradients, grad_weights = library.layer_backward(
+            *(*grads, *primals[:3], *unflatten(primals[3:]), batch_sizes),
+            *(cell, output, gates, cells, need_input, need_state, need_weights),
+        )
+        return *gradients, *grad_weights
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+        ctx.cell, need_input, need_state, _, batch_sizes, _, _, _, *grads_and_primals = inputs
+        ctx.save_for_backward(batch_sizes, *grads_and_primals)
+        computed = need_input, need_state, need_state and grads_and_primals[5] is not None
+        empty = [gradient for gradient, c in zip(outputs[:3], computed, strict=True) if not c]
+        ctx.mark_non_differentiable(*empty)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *(None,) * 8, *second_order(ctx, grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return _loop_over_samples(LayerBackward, info, in_dims, args)
+
+
+def first_order(ctx: Any, grads: Slots, needed: Sequence[bool | None]) -> list[Tensor | None]:
+    """The gradients of the primals that are needed, from those of LayerForward's outputs."""
+    batch_sizes, output, gates, cells, *primals = ctx.saved_tensors
+    if forward_mode() or batched_grads(grads):
+        return reference_vjp(ctx.cell, batch_sizes, grads[:3], primals)
+    needs_input, needs_hx, needs_cx, *needs_weight = map(bool, needed)
+    needs = needs_input, needs_hx or needs_cx, any(needs_weight)
+    gradients = LayerBackward.apply(
+        *(ctx.cell, *needs, batch_sizes, output, gates, cells, *grads[:3], *primals)
+    )
+    weights = iter(gradients[3:])
+    slots = [None if w is None else next(weights, None) for w in primals[3:]]
+    return [
+        gradient if need else None
+        for gradient, need in zip((*gradients[:3], *slots), needed, strict=True)
+    ]
+
+
+def second_order(ctx: Any, grads: Slots) -> list[Tensor | None]:
+    """The gradients of LayerBackward's grads and primals, from those of its outputs."""
+    batch_sizes, *tensors = ctx.saved_tensors
+
+    def backward(*tensors: Tensor | None) -> list[Tensor]:
+        gradients = reference_vjp(ctx.cell, batch_sizes, tensors[:3], tensors[3:])
+        return [g for g in gradients if g is not None]
+
+    without_cx = tensors[5] is None
+    return _vjp(backward, tensors, [*grads[:2], *grads[3 if without_cx else 2 :]])
+
+
+def reference_vjp(
+    cell: str, batch_sizes: Tensor | None, grads: Slots, primals: Slots
+) -> list[Tensor | None]:
+    """`layer_backward` by the reference: the gradients of all the primals."""
+
+    def forward(*primals: Any) -> list[Tensor]:
+        input, hx, cx, *slots = primals
+        weights = unflatten(slots)
+        outputs = reference.layer(input, hx, cx, weights, cell=cell, batch_sizes=batch_sizes)
+        return [o for o in outputs if o is not None]
+
+    return _vjp(forward, primals, grads)
+
+
+def _vjp(
+    function: Callable[..., list[Tensor]], primals: Slots, grads: Slots
+) -> list[Tensor | None]:
+    """The gradient of each primal that is not None; gradients that are None or missing are 0."""
+
+    def place(values: Iterable[Tensor]) -> list[Tensor | None]:
+        rest = iter(values)
+        return [None if p is None else next(rest) for p in primals]
+
+    present = [p for p in primals if p is not None]
+    outputs, vjp = torch.func.vjp(  # type: ignore[misc] # three values with has_aux only
+        lambda *values: function(*place(values)), *present
+    )
+    pairs = zip(outputs, chain(grads, repeat(None)), strict=False)
+    return place(vjp([torch.zeros_like(o) if g is None else g for o, g in pairs]))
+
+
+def _loop_over_samples(
+    function: type[Function], info: Any, in_dims: Sequence[Any], args: Sequence[Any]
+) -> tuple[Any, Any]:
+    samples = [
+        function.apply(
+            *(
+                arg if dim is None else arg.select(dim, v)
+                for arg, dim in zip(args, in_dims, strict=True)
+            )
+        )
+        for v in range(info.batch_size)
+    ]
+    outputs = tuple(torch.stack(output) for output in zip(*samples, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
+def _fold_samples(
+    V: int,
+    dims: Sequence[int | None],
+    cell: str,
+    save: bool,
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    slots: Slots,
+) -> tuple[Any, Any]:
+    """V samples that share their weights are one batch of V*B."""
+
+    def fold(x: Tensor, dim: int | None) -> Tensor:  # [.., V, ..] -> [K, V*B, F]
+        x = x.unsqueeze(1).expand(-1, V, -1, -1) if dim is None else x.movedim(dim, 1)
+        return x.flatten(1, 2)
+
+    states = [None if x is None else fold(x, d) for x, d in zip((hx, cx), dims[1:], strict=True)]
+    folded = LayerForward.apply(cell, save, None, fold(input, dims[0]), *states, *slots)
+
+    T, B = folded[0].shape[0], folded[0].shape[1] // V
+    outputs = [  # [K, V*B, F] -> [K, V, B, F], and saved [D, T*V*B, ..] -> [D, V, T*B, ..]
+        *(x.unflatten(1, (V, B)) if x.dim() > 1 else x for x in folded[:3]),
+        *(
+            x.unflatten(1, (T, V, B)).transpose(1, 2).flatten(2, 3) if x.dim() > 1 else x
+            for x in folded[3:]
+        ),
+    ]
+    return tuple(outputs), tuple(1 if x.dim() > 1 else None for x in outputs)
+
+
+# The same formulas for the ops themselves, whose weights come as lists.
+
+
+def _nested(slots: Slots, fields: Sequence[Sequence[Any]]) -> list[list[Tensor | None]]:
+    """Inverse of `flatten`, for gradients of these fields."""
+    D = len(fields[0])
+    return [list(slots[k * D : k * D + len(field)]) for k, field in enumerate(fields)]
+
+
+def _forward_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    *primals, batch_sizes, cell, save = (*inputs[:3], *flatten(inputs[3:8]), *inputs[8:])
+    LayerForward.setup_context(ctx, (cell, save, batch_sizes, *primals), output)
+
+
+def _forward_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    needed = ctx.needs_input_grad
+    gradients = first_order(ctx, grads, [*needed[:3], *flatten(needed[3:8])])
+    return *gradients[:3], *_nested(gradients[3:], needed[3:8]), None, None, None
+
+
+def _backward_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:
+    tensors, fields, (batch_sizes, cell, *saved_and_needs) = inputs[:6], inputs[6:11], inputs[11:]
+    saved, needs = saved_and_needs[:3], saved_and_needs[3:]
+    LayerBackward.setup_context(
+        ctx,
+        (cell, *needs, batch_sizes, *saved, *tensors, *flatten(fields)),
+        (*output[:3], *output[3]),
+    )
+
+
+def _backward_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    gradients = second_order(ctx, (*grads[:3], *grads[3]))
+    return *gradients[:6], *_nested(gradients[6:], ctx.needs_input_grad[6:11]), *(None,) * 8
+
+
+torch.library.register_autograd(
+    library.layer_forward, _forward_derivative, setup_context=_forward_context
+)
+torch.library.register_autograd(
+    library.layer_backward, _backward_derivative, setup_context=_backward_context
+)

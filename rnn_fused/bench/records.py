@@ -1,0 +1,167 @@
+"""The one schema of every benchmark row, and the files that keep it."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .problems import describe
+from .timer import Timing
+from .workload import Case, dtype_name
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and when the rows were measured."""
+
+    processor: str
+    device: str
+    threads: int
+    torch: str
+    rnn_fused: str
+    python: str
+    commit: str
+    date: str
+    load: float  # of the machine before the run: above 0.5 or so, someone else works on it
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider on one case. Times in milliseconds per call; `ratio` above 1 beats torch.nn."""
+
+    section: str
+    provider: str
+    cell: str
+    T: int
+    B: int
+    I: int  # noqa: E741  the field's name for the input size
+    H: int
+    layers: int
+    layout: str  # "dense" or "packed"
+    dtype: str
+    pass_: str
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    repeats: int
+    calls: int  # calls in each repeat
+    ratio: float | None  # time of torch.nn / time of this provider, median over rounds
+    gflops: float
+
+    @property
+    def problem(self) -> str:
+        """The sizes in words."""
+        return describe(self.cell, self.T, self.B, self.I, self.H)
+
+
+def make_row(section: str, provider: str, case: Case, timing: Timing, ratio: float | None) -> Row:
+    """A row from a timing; packed steps that do not exist do not count as work."""
+    problem = case.problem
+    valid = sum(case.lengths) / (problem.T * problem.B) if case.lengths else 1.0
+    return Row(
+        section=section,
+        provider=provider,
+        cell=problem.cell,
+        T=problem.T,
+        B=problem.B,
+        I=problem.I,
+        H=problem.H,
+        layers=problem.layers,
+        layout="packed" if case.lengths else "dense",
+        dtype=dtype_name(case.dtype),
+        pass_=case.pass_,
+        p20_ms=timing.quantile(0.2) * 1e3,
+        p50_ms=timing.median * 1e3,
+        p80_ms=timing.quantile(0.8) * 1e3,
+        repeats=len(timing.samples),
+        calls=timing.calls,
+        ratio=ratio,
+        gflops=problem.flops(case.pass_) * valid / timing.median * 1e-9,
+    )
+
+
+def processor_name(device: torch.device) -> str:
+    """The model of the CPU, or of the accelerator."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@cache
+def git_commit() -> str:
+    """The commit of the checkout that this package runs from, "" for an installed one."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def package_version(name: str) -> str:
+    """The installed version, or "" for a package that runs without being installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def environment(device: torch.device) -> Environment:
+    """This machine, now."""
+    simd = torch.backends.cpu.get_cpu_capability()
+    return Environment(
+        processor=f"{processor_name(device)}, {os.cpu_count()} CPUs, {simd}",
+        device=str(device),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        rnn_fused=package_version("rnn_fused"),
+        python=platform.python_version(),
+        commit=git_commit(),
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        load=os.getloadavg()[0],
+    )
+
+
+def columns(row: Row) -> dict[str, Any]:
+    """The row as it is written: `pass_` without its underscore, numbers to 5 digits."""
+    return {
+        name.removesuffix("_"): float(f"{value:.5g}") if isinstance(value, float) else value
+        for name, value in asdict(row).items()
+    }
+
+
+def write_csv(path: Path, rows: Iterable[Row], where: Environment) -> None:
+    """One line a row, the environment repeated on each, so that files can be concatenated."""
+    names = [f.name.removesuffix("_") for f in (*fields(Row), *fields(Environment))]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(columns(row) | asdict(where) for row in rows)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Indented JSON."""
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

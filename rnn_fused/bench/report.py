@@ -1,0 +1,113 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .extras import require
+from .forecaster import Forecast
+from .ragged import Ragged
+from .records import Row
+from .summary import Group
+
+
+def _table(title: str, columns: Sequence[str], left: int = 1) -> Any:
+    box = require("rich.box", "rich").SIMPLE
+    rich_table = require("rich.table", "rich")
+    table = rich_table.Table(title=title, title_justify="left", box=box, padding=(0, 1, 0, 0))
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place < left else "right", no_wrap=True)
+    return table
+
+
+def _ratio(value: float | None) -> str:
+    """A ratio with losses in red."""
+    if value is None:
+        return "-"
+    return f"[red]{value:.2f}x[/red]" if value < 1 else f"{value:.2f}x"
+
+
+def grid_table(rows: Iterable[Row]) -> Any:
+    """One line a case: times, and how many times as fast rnn_fused is as the others."""
+    cases: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault((row.dtype, row.pass_, row.problem), {})[row.provider] = row
+    columns = ("problem", "torch.nn ms", "rnn_fused ms", "GFLOP/s", "ratio", "to naive")
+    table = _table("rnn_fused against torch.nn", columns)
+    last = ""
+    for (dtype, pass_, problem), by in cases.items():
+        if last != f"{dtype} {pass_}":
+            last = f"{dtype} {pass_}"
+            table.add_section()
+            table.add_row(f"[bold]{last}[/bold]")
+        fused, naive = by["rnn_fused"], by.get("naive")
+        table.add_row(
+            problem,
+            f"{by['torch.nn'].p50_ms:.3f}",
+            f"{fused.p50_ms:.3f}",
+            f"{fused.gflops:.1f}",
+            _ratio(fused.ratio),
+            _ratio(naive.p50_ms / fused.p50_ms if naive else None),
+        )
+    return table
+
+
+def summary_table(groups: Iterable[Group]) -> Any:
+    """One line for each dtype and pass; where rnn_fused loses is said as plainly as the rest."""
+    columns = ("group", "worst rows", "rows", "below 1", "mean", "by cell", "to naive")
+    title = "Summary (time of torch.nn / time of rnn_fused, geometric means)"
+    table = _table(title, columns, left=2)
+    for group in groups:
+        below = f"{group.below_one}"
+        table.add_row(
+            group.name,
+            "\n".join(group.worst),
+            str(group.rows),
+            f"[red]{below}[/red]" if group.below_one else below,
+            _ratio(group.mean_ratio),
+            "\n".join(f"{cell} {_ratio(mean)}" for cell, mean in group.by_cell.items()),
+            _ratio(group.mean_ratio_to_naive),
+        )
+    return table
+
+
+def ragged_table(outcomes: Iterable[Ragged]) -> Any:
+    """Ragged training against the dense cost of the same steps."""
+    columns = ("problem", "valid steps", "dense ms", "packed ms", "overhead", "ratio")
+    title = "Ragged training (overhead 1: a valid step costs what it does dense; ratio to torch.nn)"
+    table = _table(title, columns)
+    for outcome in outcomes:
+        _, packed, dense = outcome.rows
+        table.add_row(
+            outcome.problem,
+            f"{outcome.valid:.0%}",
+            f"{dense.p50_ms:.3f}",
+            f"{packed.p50_ms:.3f}",
+            f"{outcome.overhead:.2f}",
+            _ratio(outcome.ratio),
+        )
+    return table
+
+
+def forecast_lines(forecast: Forecast) -> list[str]:
+    """The forecaster's outcome in a few sentences."""
+    rmse = forecast.held_out_rmse
+    steps = (
+        f"CO2 forecaster, {len(forecast.losses['torch.nn'])} steps from the same weights: "
+        f"{forecast.step['torch.nn'].median * 1e3:.1f} ms a step with torch.nn, "
+        f"{forecast.step['rnn_fused'].median * 1e3:.1f} ms with rnn_fused: "
+        f"{_ratio(forecast.ratio)} as fast."
+    )
+    losses = (
+        f"Loss curves {'agree' if forecast.agrees else '[red]DIFFER[/red]'}: largest relative "
+        f"difference {forecast.difference('rnn_fused', 'torch.nn'):.1e} between the two; from "
+        f"float64, torch.nn {forecast.difference('torch.nn', 'float64'):.1e} and "
+        f"rnn_fused {forecast.difference('rnn_fused', 'float64'):.1e}."
+    )
+    errors = (
+        f"Held-out error, one week ahead: torch.nn {rmse['torch.nn']:.3f} ppm, "
+        f"rnn_fused {rmse['rnn_fused']:.3f} ppm; assuming no change, "
+        f"{forecast.persistence_rmse:.3f} ppm."
+    )
+    return [steps, losses, errors]

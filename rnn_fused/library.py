@@ -1,0 +1,92 @@
+"""Loads the op library, `libops.so`, and describes its two ops to FakeTensor and meta tensors.
+
+The schemas are defined, and explained, in `csrc/binding/schemas.cpp`. Axes as in `reference.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("libops.so")
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}  # G
+
+try:
+    torch.ops.load_library(LIBRARY)
+except OSError as error:
+    raise ImportError(
+        f"rnn_fused cannot load its op library {LIBRARY} into torch {torch.__version__}: {error}. "
+        "It is built when the package is installed: pip install --no-build-isolation -v ."
+    ) from error
+
+layer_forward = torch.ops.rnn_fused.layer_forward.default
+layer_backward = torch.ops.rnn_fused.layer_backward.default
+
+
+@torch.library.register_fake("rnn_fused::layer_forward")
+def _fake_forward(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weight_ih: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    bias_ih: Sequence[Tensor],
+    bias_hh: Sequence[Tensor],
+    weight_hr: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    cell: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    directions = len(weight_ih)
+    hidden = weight_ih[0].shape[0] // GATES[cell]
+    output = input.new_empty(*input.shape[:-1], directions * hx.shape[-1])
+    rows = input.shape[0] if batch_sizes is not None else input.shape[0] * input.shape[1]
+    gates, cells = input.new_empty(0), input.new_empty(0, dtype=_state_dtype(input))
+    if save and cell in ("lstm", "gru"):
+        gates = input.new_empty(directions, rows, 4, hidden)
+    if save and cell == "lstm":
+        cells = cells.new_empty(directions, rows, hidden)
+    c_n = input.new_empty(0) if cx is None else cx.new_empty(cx.shape)
+    return output, hx.new_empty(hx.shape), c_n, gates, cells
+
+
+@torch.library.register_fake("rnn_fused::layer_backward")
+def _fake_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weight_ih: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    bias_ih: Sequence[Tensor],
+    bias_hh: Sequence[Tensor],
+    weight_hr: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    cell: str,
+    output: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    need_input: bool,
+    need_state: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    def gradient(like: Tensor | None, needed: bool) -> Tensor:
+        return input.new_empty(like.shape if like is not None and needed else 0)
+
+    weights = [*weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr]
+    return (
+        gradient(input, need_input),
+        gradient(hx, need_state),
+        gradient(cx, need_state),
+        [gradient(w, True) for w in weights] if need_weights else [],
+    )
+
+
+def _state_dtype(input: Tensor) -> torch.dtype:
+    """c stays in float32 between the steps of a 16-bit layer."""
+    return torch.float32 if input.dtype.itemsize == 2 else input.dtype

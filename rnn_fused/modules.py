@@ -1,0 +1,346 @@
+"""LSTM, GRU and RNN: drop-in replacements for the modules of the same names in `torch.nn`.
+
+Axes: T steps, B batch, I input size, H hidden size, P = `proj_size` or H, L layers,
+D directions (2 if bidirectional), N = sum of the lengths of packed sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.rnn import RNNBase
+from torch.nn.utils.rnn import PackedSequence
+
+from . import ops
+from .ops import LayerWeights
+
+Hidden: TypeAlias = Tensor | tuple[Tensor, Tensor]
+
+
+class FusedRNNBase(RNNBase):
+    """What the three modules share: everything but the form of their state.
+
+    Construction, parameters, initialisation and pickling are those of `torch.nn.RNNBase`. The
+    base is not `torch.nn.LSTM` (GRU, RNN) itself, since Dynamo breaks the graph at those.
+
+    Weights are read by attribute on every call, so that parametrisations, `functional_call` and
+    hooks that set a weight take effect; the list `_flat_weights` is kept up by `RNNBase` only.
+    """
+
+    def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
+        refusal = ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if "proj_size" in kwargs and mode != "LSTM":
+            raise refusal
+        super().__init__(mode, *args, **kwargs)
+        if self.proj_size > 0 and mode != "LSTM":  # given by position
+            raise refusal
+
+    def forward(self, input: PackedSequence | Tensor, hx: Hidden | None = None) -> Any:
+        states = None if hx is None else self._split_state(hx, isinstance(input, PackedSequence))
+        output: PackedSequence | Tensor
+        if isinstance(input, PackedSequence):
+            output, states = self._run_packed(input, states)
+        elif input.dim() == 2:
+            self._check_state_rank(states, 2)
+            if states is not None:
+                states = tuple(state.unsqueeze(1) for state in states)
+            output, states = self._run(input.unsqueeze(1), states, batch=1)
+            output = output.squeeze(1)
+            states = tuple(state.squeeze(1) for state in states)
+        elif input.dim() == 3:
+            self._check_state_rank(states, 3)
+            sequence = input.transpose(0, 1) if self.batch_first else input
+            output, states = self._run(sequence, states, batch=sequence.size(1))
+            output = output.transpose(0, 1) if self.batch_first else output
+        else:
+            name = type(self).__name__
+            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        return output, self._join_state(states)
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the kernels read the weights where they are."""
+
+    def _run_packed(
+        self, input: PackedSequence, states: tuple[Tensor, ...] | None
+    ) -> tuple[PackedSequence, tuple[Tensor, ...]]:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        # The batch is read off the indices where there are any: a traced graph cannot depend on
+        # the values in batch_sizes.
+        batch = int(batch_sizes[0]) if sorted_indices is None else sorted_indices.size(0)
+        if states is not None and sorted_indices is not None:
+            states = tuple(state.index_select(1, sorted_indices) for state in states)
+        output, states = self._run(data, states, batch, batch_sizes)
+        if unsorted_indices is not None:
+            states = tuple(state.index_select(1, unsorted_indices) for state in states)
+        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), states
+
+    def _run(
+        self,
+        sequence: Tensor,
+        states: tuple[Tensor, ...] | None,
+        batch: int,
+        batch_sizes: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Runs all layers over a sequence [T, B, I], or packed [N, I]; each state [L*D, B, P or H].
+
+        Dropout falls on the output of each layer but the last, in the layout in which torch.nn
+        applies it: the same seed gives the same mask.
+        """
+        weights = [self._layer_weights(layer) for layer in range(self.num_layers)]
+        self._check_sequence(sequence, batch_sizes, weights[0].weight_ih[0].dtype)
+        sizes = self._state_sizes(batch)
+        if states is None:
+            states = tuple(sequence.new_zeros(size) for size in sizes)
+        else:
+            self._check_states(states, sizes)
+
+        initial = [state.chunk(len(weights)) for state in states]
+        final: list[tuple[Tensor, ...]] = []
+        for layer, layer_weights in enumerate(weights):
+            if layer > 0:
+                sequence = F.dropout(sequence, self.dropout, self.training)
+            h, *c = (state[layer] for state in initial)
+            sequence, h_n, c_n = ops.layer(
+                sequence,
+                h,
+                c[0] if c else None,
+                layer_weights,
+                cell=self.mode.lower(),
+                batch_sizes=batch_sizes,
+            )
+            final.append((h_n,) if c_n is None else (h_n, c_n))
+        if len(final) == 1:
+            return sequence, final[0]
+        return sequence, tuple(torch.cat(layers) for layers in zip(*final, strict=True))
+
+    def _layer_weights(self, layer: int) -> LayerWeights:
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+
+        def collect(kind: str, present: bool = True) -> tuple[Tensor, ...]:
+            if not present:
+                return ()
+            return tuple(getattr(self, f"{kind}_l{layer}{suffix}") for suffix in directions)
+
+        return LayerWeights(
+            weight_ih=collect("weight_ih"),
+            weight_hh=collect("weight_hh"),
+            bias_ih=collect("bias_ih", self.bias),
+            bias_hh=collect("bias_hh", self.bias),
+            weight_hr=collect("weight_hr", self.proj_size > 0),
+        )
+
+    def _split_state(self, hx: Hidden, packed: bool) -> tuple[Tensor, ...]:
+        """The state as a tuple, (h,) or (h, c); `packed` tells how the input comes."""
+        if not isinstance(hx, Tensor):
+            name = type(self).__name__
+            raise AttributeError(f"{name}: hx must be a Tensor, got {type(hx).__name__}")
+        return (hx,)
+
+    def _join_state(self, states: tuple[Tensor, ...]) -> Hidden:
+        return states[0]
+
+    def _state_sizes(self, batch: int) -> tuple[tuple[int, int, int], ...]:
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        return ((count, batch, self.proj_size or self.hidden_size),)
+
+    def _check_sequence(
+        self, sequence: Tensor, batch_sizes: Tensor | None, weight_dtype: torch.dtype
+    ) -> None:
+        packed = batch_sizes is not None
+        if sequence.dtype != weight_dtype and not torch._C._is_any_autocast_enabled():
+            # torch.nn.LSTM leaves packed input to its op, whose error is a RuntimeError.
+            error = RuntimeError if packed and self.mode == "LSTM" else ValueError
+            raise error(
+                f"RNN input dtype ({sequence.dtype}) does not match weight dtype ({weight_dtype}). "
+                f"Convert input: input.to({weight_dtype}), "
+                f"or convert model: model.to({sequence.dtype})"
+            )
+        rank = 2 if packed else 3
+        if sequence.dim() != rank:
+            raise RuntimeError(f"input must have {rank} dimensions, got {sequence.dim()}")
+        if sequence.size(-1) != self.input_size:
+            raise RuntimeError(
+                "input.size(-1) must be equal to input_size. "
+                f"Expected {self.input_size}, got {sequence.size(-1)}"
+            )
+        if not packed and sequence.size(0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN, got 0")
+
+    def _check_state_rank(self, states: tuple[Tensor, ...] | None, rank: int) -> None:
+        if states is None or all(state.dim() == rank for state in states):
+            return
+        batched = "batched" if rank == 3 else "unbatched"
+        name = "hx" if len(states) == 1 else "hx and cx"
+        got = " and ".join(f"{state.dim()}-D" for state in states)
+        raise RuntimeError(
+            f"For {batched} {rank}-D input, {name} should also be {rank}-D but got {got}"
+        )
+
+    def _check_states(
+        self, states: tuple[Tensor, ...], sizes: tuple[tuple[int, int, int], ...]
+    ) -> None:
+        for index, (state, size) in enumerate(zip(states, sizes, strict=True)):
+            if state.size() != size:
+                name = "hidden" if len(states) == 1 else f"hidden[{index}]"
+                raise RuntimeError(f"Expected {name} size {size}, got {list(state.size())}")
+
+
+class LSTM(FusedRNNBase):
+    """Long short-term memory layers, as `torch.nn.LSTM`, run by fused kernels.
+
+    Args: those of `torch.nn.LSTM`, with the same defaults.
+        input_size, hidden_size: I and H.
+        num_layers: L, stacked layers.
+        bias: whether the gates have biases.
+        batch_first: input and output are [B, T, ...] instead of [T, B, ...]; states are not.
+        dropout: probability of dropout on each layer's output but the last's, in training.
+        bidirectional: also run backwards in time; outputs are concatenated.
+        proj_size: P > 0 projects h from H to P (Sak et al. 2014, https://arxiv.org/abs/1402.1128).
+        device, dtype: of the parameters. float32, float64, bfloat16 and float16 have kernels.
+
+    Inputs:
+        input: [T, B, I] ([B, T, I] if batch_first), unbatched [T, I], or a `PackedSequence`,
+            which is run packed.
+        hx: (h_0, c_0), [L*D, B, P] and [L*D, B, H]; zeros if absent. Without the B axis if the
+            input is unbatched.
+
+    Returns:
+        output, (h_n, c_n): [T, B, D*P] in the form of the input; states as the initial ones.
+
+    Raises:
+        ValueError: input not 2-D or 3-D, its dtype not that of the weights (packed input:
+            RuntimeError), or an argument of the constructor out of range.
+        TypeError: an argument of the constructor of the wrong type.
+        RuntimeError: a size that does not fit; T = 0.
+        IndexError, TypeError, RuntimeError: hx is one Tensor instead of two, or one in a tuple.
+
+    Differences to `torch.nn.LSTM`: `isinstance(module, torch.nn.LSTM)` is False; packed input
+    and its states are checked here, with these messages; `torch.jit` is not supported, and
+    `torch.compile(fullgraph=True)` is; `flatten_parameters` does nothing.
+    """
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    def _split_state(self, hx: Hidden, packed: bool) -> tuple[Tensor, ...]:
+        if isinstance(hx, Tensor):
+            # The type in which torch.nn.LSTM fails: its op refuses a Tensor, unless indexing it
+            # or the check of its rank failed before.
+            error = TypeError if packed else IndexError if len(hx) < 2 else RuntimeError
+            raise error(f"LSTM: hx must be the pair (h_0, c_0), got a Tensor {list(hx.shape)}")
+        for index, state in enumerate(hx):
+            if not isinstance(state, Tensor):
+                raise AttributeError(
+                    f"LSTM: hx[{index}] must be a Tensor, got {type(state).__name__}"
+                )
+        if len(hx) != 2:
+            error = IndexError if len(hx) < 2 else RuntimeError
+            raise error(f"LSTM: hx must be the pair (h_0, c_0), got {len(hx)} values")
+        return tuple(hx)
+
+    def _join_state(self, states: tuple[Tensor, ...]) -> Hidden:
+        h_n, c_n = states
+        return h_n, c_n
+
+    def _state_sizes(self, batch: int) -> tuple[tuple[int, int, int], ...]:
+        (h_size,) = super()._state_sizes(batch)
+        return h_size, (*h_size[:2], self.hidden_size)
+
+
+class GRU(FusedRNNBase):
+    """Gated recurrent unit layers, as `torch.nn.GRU`, run by fused kernels.
+
+    Args, shapes and dtypes: as `rnn_fused.LSTM`, without proj_size and with one state: hx is
+    h_0, [L*D, B, H], and the second result is h_n.
+
+    Raises:
+        ValueError: also if proj_size is given.
+        AttributeError: hx is not a Tensor.
+        Else as `rnn_fused.LSTM`.
+
+    Differences to `torch.nn.GRU`: those of `rnn_fused.LSTM`.
+    """
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("GRU", *args, **kwargs)
+
+
+class RNN(FusedRNNBase):
+    """Elman RNN layers with tanh or ReLU, as `torch.nn.RNN`, run by fused kernels.
+
+    Args: as `rnn_fused.GRU`, with nonlinearity, "tanh" or "relu", after num_layers.
+    Shapes, dtypes, errors and differences: as `rnn_fused.GRU`.
+
+    Raises:
+        ValueError: also if the nonlinearity is unknown.
+    """
+
+    nonlinearity: str
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if len(args) > 3:
+            nonlinearity, args = args[3], args[:3] + args[4:]
+        else:
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(
+                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
+            )
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
+        self.nonlinearity = nonlinearity

@@ -1,0 +1,116 @@
+"""`layer`: one recurrent layer, all its steps and directions, in one call of the fused op."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import library, reference
+from .autograd import LayerForward, flatten, forward_mode
+from .reference import LayerWeights
+
+__all__ = ["LayerWeights", "layer"]
+
+FUSED_DEVICES = ("cpu", "meta")
+
+
+def layer(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weights: LayerWeights,
+    *,
+    cell: str,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Runs one layer like `reference.layer`, which see for the shapes and the mathematics.
+
+    All tensors share one dtype (float32, float64, bfloat16 or float16) and device, except
+    `batch_sizes`, which stays on the CPU. Under autocast they are cast to its dtype, float64
+    excepted, and the results have that dtype. 16-bit layers compute and keep c in float32, and
+    round h after each step.
+
+    Derivatives of every order and kind pass through it: backward, `torch.func`, forward mode.
+
+    Raises:
+        ValueError: the cell is unknown.
+        RuntimeError: shapes, dtypes, devices or batch sizes do not fit together.
+    """
+    if cell not in library.GATES:
+        raise ValueError(f"[layer] cell must be one of {[*library.GATES]}, got {cell!r}")
+    device = input.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        input, hx, cx, weights = _autocast(input, hx, cx, weights)
+    # torch.func's transforms inside a compiled region see neither Functions nor register_autograd.
+    compiling = torch.compiler.is_compiling()
+    transformed = torch._C._are_functorch_transforms_active()
+    if forward_mode() or (compiling and transformed):
+        return reference.layer(input, hx, cx, weights, cell=cell, batch_sizes=batch_sizes)
+    if device not in FUSED_DEVICES:
+        return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
+
+    save = torch.is_grad_enabled() and (transformed or _requires_grad(input, hx, cx, weights))
+    if transformed or (save and not compiling):
+        output, h_n, c_n, _, _ = LayerForward.apply(
+            cell, save, batch_sizes, input, hx, cx, *flatten(weights)
+        )
+    else:
+        output, h_n, c_n, _, _ = library.layer_forward(
+            input, hx, cx, *weights, batch_sizes, cell, save
+        )
+    return output, h_n, None if cx is None else c_n
+
+
+def _requires_grad(input: Tensor, hx: Tensor, cx: Tensor | None, weights: LayerWeights) -> bool:
+    return (
+        input.requires_grad
+        or hx.requires_grad
+        or (cx is not None and cx.requires_grad)
+        or any(w.requires_grad for field in weights for w in field)
+    )
+
+
+def _autocast(
+    input: Tensor, hx: Tensor, cx: Tensor | None, weights: LayerWeights
+) -> tuple[Tensor, Tensor, Tensor | None, LayerWeights]:
+    dtype = torch.get_autocast_dtype(input.device.type)
+
+    def cast(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else x.to(dtype)
+
+    fields = (tuple(cast(w) for w in field) for field in weights)
+    return cast(input), cast(hx), None if cx is None else cast(cx), LayerWeights(*fields)
+
+
+def _torch_layer(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weights: LayerWeights,
+    cell: str,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """torch's own op, for the devices that have no fused kernels."""
+    _warn_unfused(input.device.type)
+    bidirectional = len(weights.weight_ih) == 2
+    flat = [field[d] for d in range(1 + bidirectional) for field in weights if field]
+    state = hx if cx is None else (hx, cx)
+    # bias, layers, dropout, training, bidirectional
+    options = (bool(weights.bias_ih), 1, 0.0, torch.is_grad_enabled(), bidirectional)
+    op = getattr(torch._VF, cell)
+    if batch_sizes is None:
+        output, h_n, *c_n = op(input, state, flat, *options, False)  # not batch_first
+    else:
+        output, h_n, *c_n = op(input, batch_sizes, state, flat, *options)
+    return output, h_n, c_n[0] if c_n else None
+
+
+@cache
+def _warn_unfused(device: str) -> None:
+    warnings.warn(
+        f"rnn_fused has no kernels for {device} tensors: it runs torch's own op there",
+        stacklevel=2,
+    )

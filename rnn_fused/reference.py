@@ -1,0 +1,161 @@
+"""The layers' mathematics in plain, differentiable PyTorch.
+
+This is the oracle that the fused kernels are tested against, and what runs where they do not:
+forward-mode AD and derivatives of the backward pass. It works in every dtype, on every device,
+and under every `torch.func` transform.
+
+Axes: T steps, B batch, I input size, H hidden size, P = `proj_size` or H, D directions,
+G gates (LSTM i, f, g, o; GRU r, z, n; RNN one), N = sum(batch_sizes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class LayerWeights(NamedTuple):
+    """One layer's weights: each field holds D tensors, or is `()` where the layer has none."""
+
+    weight_ih: tuple[Tensor, ...]  # [G*H, I]
+    weight_hh: tuple[Tensor, ...]  # [G*H, P]
+    bias_ih: tuple[Tensor, ...] = ()  # [G*H]
+    bias_hh: tuple[Tensor, ...] = ()  # [G*H]
+    weight_hr: tuple[Tensor, ...] = ()  # [P, H]
+
+
+def lstm_step(
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None = None,
+    weight_hr: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One LSTM step (Hochreiter & Schmidhuber 1997; projection: Sak et al. 2014).
+
+        i, f, g, o = x + W_hh h + b_hh,  x = W_ih x_t + b_ih
+        c' = sigmoid(f) * c + sigmoid(i) * tanh(g)
+        h' = W_hr (sigmoid(o) * tanh(c'))
+
+    without W_hr where the layer has no projection.
+    Shapes: x [B, 4*H], h [B, P], c [B, H]; returns (h', c').
+    """
+    i, f, g, o = (x + F.linear(h, weight_hh, bias_hh)).chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    h = o.sigmoid() * c.tanh()
+    return h if weight_hr is None else F.linear(h, weight_hr), c
+
+
+def gru_step(
+    x: Tensor, h: Tensor, weight_hh: Tensor, bias_hh: Tensor | None = None
+) -> tuple[Tensor]:
+    """One GRU step (Cho et al. 2014), with the reset gate after the product, as in cuDNN.
+
+        x_r, x_z, x_n = W_ih x_t + b_ih;  h_r, h_z, h_n = W_hh h + b_hh
+        r = sigmoid(x_r + h_r)
+        z = sigmoid(x_z + h_z)
+        n = tanh(x_n + r * h_n)
+        h' = (1 - z) * n + z * h
+
+    Shapes: x [B, 3*H], h [B, H]; returns (h',).
+    """
+    x_r, x_z, x_n = x.chunk(3, -1)
+    h_r, h_z, h_n = F.linear(h, weight_hh, bias_hh).chunk(3, -1)
+    r = (x_r + h_r).sigmoid()
+    z = (x_z + h_z).sigmoid()
+    n = (x_n + r * h_n).tanh()
+    return (n + z * (h - n),)
+
+
+def rnn_step(
+    x: Tensor,
+    h: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None = None,
+    *,
+    activation: Callable[[Tensor], Tensor] = torch.tanh,
+) -> tuple[Tensor]:
+    """One step of a plain RNN (Elman 1990): h' = activation(W_ih x_t + b_ih + W_hh h + b_hh).
+
+    Shapes: x [B, H] (the input's share, W_ih x_t + b_ih), h [B, H]; returns (h',).
+    """
+    return (activation(x + F.linear(h, weight_hh, bias_hh)),)
+
+
+STEPS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "lstm": lstm_step,
+    "gru": gru_step,
+    "rnn_tanh": rnn_step,
+    "rnn_relu": partial(rnn_step, activation=torch.relu),
+}
+
+
+def layer(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weights: LayerWeights,
+    *,
+    cell: str,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Runs one layer, in one direction or both, over all steps.
+
+    Args:
+        input: [T, B, I], or packed [N, I] where `batch_sizes` is given.
+        hx: initial h, [D, B, P].
+        cx: initial c, [D, B, H], for the LSTM; else None.
+        weights: of D directions; the second one runs backwards in time.
+        cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
+        batch_sizes: int64 [T], non-increasing, as in `torch.nn.utils.rnn.PackedSequence`. Each
+            sequence then ends at its own length: the reverse direction starts there.
+
+    Returns:
+        output [T, B, D*P] (packed: [N, D*P]), h_n [D, B, P], and c_n [D, B, H] or None.
+    """
+    states = (hx,) if cx is None else (hx, cx)
+    sizes = None if batch_sizes is None else batch_sizes.tolist()
+    outputs, finals = [], []
+    for d, weight_ih in enumerate(weights.weight_ih):
+        x = F.linear(input, weight_ih, weights.bias_ih[d] if weights.bias_ih else None)
+        recurrent = [w[d] for w in (weights.weight_hh, weights.bias_hh) if w]
+        projection = {"weight_hr": weights.weight_hr[d]} if weights.weight_hr else {}
+        output, final = _scan(
+            partial(STEPS[cell], **projection),
+            x.unbind(0) if sizes is None else x.split(sizes),
+            tuple(state[d] for state in states),
+            recurrent,
+            reverse=d == 1,
+        )
+        outputs.append(torch.stack(output) if sizes is None else torch.cat(output))
+        finals.append(final)
+    h_n, *c_n = (torch.stack(final) for final in zip(*finals, strict=True))
+    return torch.cat(outputs, -1), h_n, c_n[0] if c_n else None
+
+
+def _scan(
+    step: Callable[..., tuple[Tensor, ...]],
+    xs: Sequence[Tensor],
+    state: tuple[Tensor, ...],
+    weights: Sequence[Tensor],
+    reverse: bool,
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Returns h after each step, in order of time, and the final state.
+
+    xs[t] has the rows of the sequences that reach step t, the longest first. The other rows of
+    the state wait: finished (forward), or not begun yet (reverse).
+    """
+    output = []
+    for x in reversed(xs) if reverse else xs:
+        rows = x.shape[0]
+        new = step(x, *(s[:rows] for s in state), *weights)
+        output.append(new[0])
+        waiting = (s[rows:] for s in state)
+        state = tuple(torch.cat(pair) for pair in zip(new, waiting, strict=True))
+    return output[::-1] if reverse else output, state

@@ -1,0 +1,189 @@
+"""One layer's arguments as a value, torch.nn's module with the same weights, and comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from rnn_fused.library import GATES
+from rnn_fused.reference import LayerWeights
+
+Layer = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+
+# What distinguishes the layers: arguments of `problem`.
+KINDS: dict[str, dict[str, Any]] = {
+    "lstm": {"cell": "lstm"},
+    "lstm_proj": {"cell": "lstm", "projection": 2},
+    "gru": {"cell": "gru"},
+    "rnn_tanh": {"cell": "rnn_tanh"},
+    "rnn_relu": {"cell": "rnn_relu"},
+}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+each_layout = pytest.mark.parametrize("lengths", [None, (3, 2, 2)], ids=["dense", "packed"])
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of `layer`."""
+
+    input: Tensor
+    hx: Tensor
+    cx: Tensor | None
+    weights: LayerWeights
+    cell: str
+    batch_sizes: Tensor | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that can be differentiated."""
+        states = (self.hx,) if self.cx is None else (self.hx, self.cx)
+        return self.input, *states, *(w for field in self.weights for w in field)
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> Problem:
+        rest = iter(tensors)
+        return replace(
+            self,
+            input=next(rest),
+            hx=next(rest),
+            cx=None if self.cx is None else next(rest),
+            weights=LayerWeights(*(tuple(next(rest) for _ in field) for field in self.weights)),
+        )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Problem:
+        return self.with_tensors(map(function, self.tensors))
+
+    def to(self, *args: Any) -> Problem:
+        return self.map(lambda x: x.detach().to(*args).requires_grad_(x.requires_grad))
+
+    def run(self, layer: Layer) -> tuple[Tensor, ...]:
+        """The layer's outputs, without c_n where there is none."""
+        outputs = layer(
+            *(self.input, self.hx, self.cx, self.weights),
+            cell=self.cell,
+            batch_sizes=self.batch_sizes,
+        )
+        return tuple(o for o in outputs if o is not None)
+
+    def function(self, layer: Layer) -> Callable[..., tuple[Tensor, ...]]:
+        """The layer as a function of `tensors`."""
+        return lambda *tensors: self.with_tensors(tensors).run(layer)
+
+    def loss(self, layer: Layer) -> Callable[..., Tensor]:
+        """A scalar whose derivatives of every order depend on all the tensors."""
+        return lambda *tensors: sum(o.square().sum() for o in self.function(layer)(*tensors))
+
+
+def problem(
+    cell: str,
+    T: int = 3,
+    B: int = 2,
+    I: int = 3,  # noqa: E741 the field's name for it
+    H: int = 4,
+    *,
+    directions: int = 1,
+    bias: bool = True,
+    projection: int = 0,
+    lengths: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    requires_grad: bool = True,
+) -> Problem:
+    """A random layer and its input: [T, B, I], or packed where lengths (decreasing) are given."""
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        x = scale * torch.randn(*shape, dtype=torch.float64)
+        return x.to(device, dtype).requires_grad_(requires_grad)
+
+    G, P = GATES[cell], projection or H
+    shapes = {
+        "weight_ih": (G * H, I),
+        "weight_hh": (G * H, P),
+        "bias_ih": (G * H,) if bias else None,
+        "bias_hh": (G * H,) if bias else None,
+        "weight_hr": (P, H) if projection else None,
+    }
+    fields = {
+        name: tuple(random(*shape, scale=H**-0.5) for _ in range(directions)) if shape else ()
+        for name, shape in shapes.items()
+    }
+    batch_sizes, rows = None, (T, B)
+    if lengths is not None:
+        B, rows = len(lengths), (sum(lengths),)
+        batch_sizes = torch.tensor([sum(n > t for n in lengths) for t in range(lengths[0])])
+    return Problem(
+        input=random(*rows, I),
+        hx=random(directions, B, P),
+        cx=random(directions, B, H) if cell == "lstm" else None,
+        weights=LayerWeights(**fields),
+        cell=cell,
+        batch_sizes=batch_sizes,
+    )
+
+
+def torch_layer(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weights: LayerWeights,
+    *,
+    cell: str,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """torch.nn's module, as a function with the signature of ours."""
+    name, *nonlinearity = cell.split("_")
+    hidden = weights.weight_hh[0].shape[0] // GATES[cell]
+    module = getattr(nn, name.upper())(
+        *(input.shape[-1], hidden),
+        bias=bool(weights.bias_ih),
+        bidirectional=len(weights.weight_ih) == 2,
+        device="meta",
+        **({"nonlinearity": nonlinearity[0]} if nonlinearity else {}),
+        **({"proj_size": hx.shape[-1]} if weights.weight_hr else {}),
+    )
+    parameters = {
+        f"{field}_l0{suffix}": w
+        for field, pair in zip(weights._fields, weights, strict=True)
+        for w, suffix in zip(pair, ("", "_reverse"), strict=False)
+    }
+    x = input if batch_sizes is None else PackedSequence(input, batch_sizes)
+    state = hx if cx is None else (hx, cx)
+    output, state = torch.func.functional_call(module, parameters, (x, state))
+    h_n, c_n = (state, None) if cx is None else state
+    return output if batch_sizes is None else output.data, h_n, c_n
+
+
+def values_and_gradients(case: Problem, layer: Layer) -> dict[str, Tensor]:
+    """Outputs, and what each of them sends back to the tensors when weighted at random."""
+    outputs = case.run(layer)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
+    gradients = torch.autograd.grad(outputs, case.tensors, grads)
+    names = [f"output {k}" for k in range(len(outputs))]
+    names += [f"gradient {k}" for k in range(len(gradients))]
+    return dict(zip(names, (*outputs, *gradients), strict=True))
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    """|actual - exact| / |exact|, in the 2-norm."""
+    exact = exact.detach().to(torch.float64)
+    difference = torch.linalg.vector_norm(actual.detach().to(torch.float64) - exact)
+    return float(difference / torch.linalg.vector_norm(exact).clamp_min(1e-30))
+
+
+def assert_as_accurate(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: dict[str, Tensor]
+) -> None:
+    """Our error is at most twice torch's own in the same dtype, plus the noise: one unit of
+    rounding, and that of the float64 result itself."""
+    for name, value in exact.items():
+        assert ours[name].shape == value.shape, name
+        assert ours[name].dtype == theirs[name].dtype, name
+        noise = max(torch.finfo(ours[name].dtype).eps, 1e-14)
+        limit = 2 * error(theirs[name], value) + noise
+        assert error(ours[name], value) <= limit, f"{name}: {limit=:.1e}"

@@ -1,0 +1,277 @@
+"""The benchmarks: timer, problems, verification, summary, forecaster, command line."""
+
+import csv
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rnn_fused.bench import (
+    Case,
+    Problem,
+    Settings,
+    Timing,
+    WrongResultError,
+    build,
+    contenders,
+    extras,
+    forecaster,
+    interleave,
+    load_grids,
+    providers,
+    ragged,
+    workload,
+)
+from rnn_fused.bench.__main__ import main
+from rnn_fused.bench.problems import select
+from rnn_fused.bench.records import Row
+from rnn_fused.bench.summary import summarise
+
+CPU = torch.device("cpu")
+SMALL = Problem("lstm", T=6, B=3, I=5, H=4)
+
+
+class FakeClock:
+    """A clock that only the contenders move."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def contender(self, name: str, *seconds: float):
+        """A call that takes the given seconds, in a cycle."""
+        durations = itertools.cycle(seconds)
+
+        def call() -> None:
+            self.log.append(name)
+            self.now += next(durations)
+
+        return call
+
+
+def test_timer_interleaves_and_pairs_rounds() -> None:
+    clock = FakeClock()
+    calls = {"a": clock.contender("a", 2.0), "b": clock.contender("b", 1.0)}
+    settings = Settings(budget_s=0, min_rounds=5, warmup=1, clock=clock)
+    times = interleave(calls, settings)
+    assert "".join(clock.log) == "ab" + "ab" * 5
+    assert times["a"].samples == (2.0,) * 5
+    assert times["b"].speedup_over(times["a"]) == 2.0
+
+
+def test_timer_repeats_short_calls_until_a_sample_is_long_enough() -> None:
+    clock = FakeClock()
+    calls = {"short": clock.contender("s", 0.25), "long": clock.contender("l", 8.0)}
+    settings = Settings(budget_s=0, min_rounds=2, warmup=1, sample_s=1.0, clock=clock)
+    times = interleave(calls, settings)
+    assert "".join(clock.log) == "sl" + "ssssl" * 2
+    assert (times["short"].calls, times["long"].calls) == (4, 1)
+    assert times["short"].median == 0.25
+
+
+@pytest.mark.parametrize(("budget", "rounds"), [(0.0, 5), (20.0, 10), (1e9, 30)])
+def test_timer_keeps_its_budget(budget: float, rounds: int) -> None:
+    clock = FakeClock()
+    calls = {"a": clock.contender("a", 1.0), "b": clock.contender("b", 1.0)}
+    settings = Settings(budget_s=budget, min_rounds=5, max_rounds=30, clock=clock)
+    assert len(interleave(calls, settings)["a"].samples) == rounds
+
+
+def test_timer_waits_for_the_device_inside_the_sample() -> None:
+    clock = FakeClock()
+    wait = clock.contender("wait", 0.0, 3.0)
+    settings = Settings(
+        budget_s=0, min_rounds=1, warmup=1, sample_s=0, clock=clock, synchronize=wait
+    )
+    assert interleave({"a": clock.contender("a", 1.0)}, settings)["a"].samples == (4.0,)
+
+
+def test_timing_statistics() -> None:
+    timing = Timing((5.0, 1.0, 2.0, 4.0, 3.0), calls=1)
+    assert timing.median == 3.0
+    assert timing.quantile(0.25) == 2.0
+    assert timing.quantile(0.9) == pytest.approx(4.6)
+    slow_rounds = Timing((15.0, 3.0, 6.0, 12.0, 9.0), calls=1)
+    assert timing.speedup_over(slow_rounds) == 3.0
+
+
+def test_every_grid_parses() -> None:
+    grids = load_grids()
+    assert len(grids["everyday"]) == 16
+    assert grids["haste"][1] == Problem("lstm", 50, 1, I=128, H=128)
+    assert grids["flashrnn_heads"][0].H == 16 * 48
+    assert {p.reset_p for p in grids["rl"]} == {0, 0.001, 0.01, 0.1}
+    assert all(p.I == 64 for p in grids["rl"])
+    assert all(p.inference_only for p in grids["deepbench_infer_server"])
+    problems = itertools.chain.from_iterable(grids.values())
+    assert all(p.flops("training") == 3 * p.flops("inference") > 0 for p in problems)
+
+
+def test_selection_leaves_out_what_torch_cannot_run() -> None:
+    grids = load_grids()
+    assert {p.heads for p in select(grids["flashrnn_heads"], ["lstm"])} == {1}
+    assert {p.reset_p for p in select(grids["rl"], ["gru"])} == {0}
+    assert {p.cell for p in select(grids["everyday"], ["gru"])} == {"gru"}
+
+
+def test_unknown_cell_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "grid.json"
+    path.write_text(json.dumps({"mine": {"rows": [["lstn", 1, 1, 8]]}}))
+    with pytest.raises(ValueError, match=r"mine: cell must be one of lstm.*got 'lstn'"):
+        load_grids(path)
+
+
+@pytest.mark.parametrize("pass_", ["inference", "training"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
+def test_all_providers_compute_the_same(cell: str, dtype: torch.dtype, pass_: str) -> None:
+    case = Case(Problem(cell, T=6, B=3, I=5, H=4), dtype, pass_, CPU)
+    workloads = contenders(case, ["rnn_fused", "naive"])
+    names = {name for name in workloads["naive"].results() if name.startswith("gradient")}
+    assert len(names) == (5 if pass_ == "training" else 0)
+    for one in workloads.values():
+        one()
+        assert all(leaf.grad is None for leaf in one.leaves.values())
+
+
+def test_packed_providers_compute_the_same() -> None:
+    case = Case(SMALL, torch.float32, "training", CPU, lengths=ragged.lengths(SMALL))
+    assert case.lengths is not None
+    assert case.lengths[0] == 6
+    assert list(case.lengths) == sorted(case.lengths, reverse=True)
+    results = contenders(case, ["rnn_fused"])["rnn_fused"].results()
+    assert results["output"].shape == (sum(case.lengths), 4)
+
+
+@pytest.mark.parametrize("pass_", ["inference", "training"])
+def test_wrong_results_are_never_timed(monkeypatch: pytest.MonkeyPatch, pass_: str) -> None:
+    class Wrong(nn.LSTM):
+        def forward(self, x, state=None):
+            output, state = super().forward(x, state)
+            return output + 1e-3 * x.mean(), state
+
+    monkeypatch.setitem(providers.PROVIDERS, "rnn_fused", lambda p: Wrong(p.I, p.H))
+    with pytest.raises(WrongResultError, match=r"\[rnn_fused\] lstm T=6 .* not timed"):
+        contenders(Case(SMALL, torch.float32, pass_, CPU), ["rnn_fused"])
+
+
+def test_not_a_number_is_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(nn.LSTM):
+        def forward(self, x, state=None):
+            output, state = super().forward(x, state)
+            return output * math.nan, state
+
+    monkeypatch.setitem(providers.PROVIDERS, "rnn_fused", lambda p: Broken(p.I, p.H))
+    with pytest.raises(WrongResultError):
+        contenders(Case(SMALL, torch.float32, "inference", CPU), ["rnn_fused"])
+
+
+def test_exact_workload_sees_the_rounded_numbers() -> None:
+    case = Case(SMALL, torch.bfloat16, "inference", CPU)
+    rounded, exact = build(case, "torch.nn"), build(case, "torch.nn", exact=True)
+    assert exact.input.dtype == torch.float64
+    assert torch.equal(rounded.input.double(), exact.input)
+    assert workload.relative_error(exact.results()["output"], exact.results()["output"]) == 0
+
+
+def row(provider: str, T: int, ratio: float | None, milliseconds: float, cell: str = "lstm") -> Row:
+    times = {"p20_ms": milliseconds, "p50_ms": milliseconds, "p80_ms": milliseconds}
+    sizes = {"cell": cell, "T": T, "B": 1, "I": 8, "H": 8, "layers": 1, "layout": "dense"}
+    return Row(
+        "grid", provider, **sizes, dtype="float32", pass_="training", **times,
+        repeats=5, calls=1, ratio=ratio, gflops=1.0,
+    )  # fmt: skip
+
+
+def test_summary_counts_losses() -> None:
+    rows = [
+        row("rnn_fused", 1, 0.5, 2.0),
+        row("naive", 1, 0.1, 4.0),
+        row("rnn_fused", 2, 4.0, 1.0, cell="gru"),
+        row("naive", 2, 0.5, 8.0, cell="gru"),
+        row("rnn_fused", 3, 4.0, 1.0, cell="gru"),
+    ]
+    (group,) = summarise(rows, worst=1)
+    assert (group.name, group.rows, group.below_one) == ("float32 training", 3, 1)
+    assert group.mean_ratio == pytest.approx(2.0)
+    assert group.mean_ratio_to_naive == pytest.approx(4.0)
+    assert group.by_cell == pytest.approx({"lstm": 0.5, "gru": 4.0})
+    assert group.worst == ("lstm T=1 B=1 H=8 0.50x",)
+
+
+def test_forecaster_learns_the_same_with_both_libraries() -> None:
+    pytest.importorskip("statsmodels")
+    forecast = forecaster.run(CPU, steps=4, hidden=8)
+    assert {len(losses) for losses in forecast.losses.values()} == {4}
+    assert forecast.difference("rnn_fused", "torch.nn") < 1e-4
+    assert forecast.agrees
+    assert forecast.losses["rnn_fused"][0] != forecast.losses["rnn_fused"][-1]
+    assert 0 < forecast.held_out_rmse["rnn_fused"] < 2 * forecast.persistence_rmse
+
+
+def test_forecaster_sees_curves_part() -> None:
+    losses = {"torch.nn": [1.0, 0.5], "float64": [1.0, 0.5], "rnn_fused": [1.0, 0.6]}
+    timing = Timing((1.0,), calls=1)
+    step = {"torch.nn": timing, "rnn_fused": timing}
+    forecast = forecaster.Forecast(losses, {}, 1.0, step, 1.0)
+    assert forecast.difference("rnn_fused", "torch.nn") == pytest.approx(0.2)
+    assert not forecast.agrees
+
+
+def tiny_grid(tmp_path: Path) -> list[str]:
+    path = tmp_path / "grid.json"
+    rows = [["lstm", 10, 8, 8], ["gru", 10, 8, 8, 4]]
+    path.write_text(json.dumps({"tiny": {"rows": rows}}))
+    output = str(tmp_path / "out")
+    return ["--grid", "tiny", "--grid-file", str(path), "--quick", "--output", output]
+
+
+def test_command_line_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("rich", "matplotlib", "statsmodels"):
+        pytest.importorskip(package)
+    threads = torch.get_num_threads()
+    assert main([*tiny_grid(tmp_path), "--steps", "2", "--threads", "1"]) == 0
+    assert torch.get_num_threads() == threads
+    output = tmp_path / "out"
+    shown = capsys.readouterr().out
+    assert "Loss curves agree" in shown
+    for name in ("ratios.png", "forecaster.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+        assert name in shown
+    with (output / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    grid_rows = [r for r in rows if r["section"] == "grid"]
+    assert len(grid_rows) == 2 * 2 * 2 * 3  # problems, dtypes, passes, providers
+    assert {r["provider"] for r in grid_rows} == {"torch.nn", "rnn_fused", "naive"}
+    assert all(float(r["p20_ms"]) <= float(r["p50_ms"]) <= float(r["p80_ms"]) for r in rows)
+    assert all(r["threads"] == "1" and r["torch"] == torch.__version__ for r in rows)
+    content = json.loads((output / "bench.json").read_text())
+    assert content["forecaster"]["agrees"]
+    assert len(content["ragged"]) == 2
+    assert sum(group["rows"] for group in content["grid"]["summary"]) == 8
+
+
+def test_command_line_names_the_missing_package(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert main(tiny_grid(tmp_path)) == 1
+    assert "need rich" in (message := capsys.readouterr().err)
+    assert "pip install rnn_fused[bench]" in message
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(extras.MissingExtraError):
+        extras.require("rich.console", "rich")
+
+
+def test_command_line_names_the_grids(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--grid", "nowhere"])
+    assert "everyday" in capsys.readouterr().err
