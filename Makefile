@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+MAX_JOBS ?= $(shell nproc)
 CLANG_FORMAT_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: test bench build lint format cpp-test sanitize wheel clean
@@ -41,14 +42,14 @@ format: $(VENV)/.installed
 
 cpp-test:
 	cmake -S . -B build/cmake
-	cmake --build build/cmake --parallel
-	ctest --test-dir build/cmake --output-on-failure
+	cmake --build build/cmake --parallel $(MAX_JOBS)
+	ctest --test-dir build/cmake --output-on-failure --no-tests=error
 
 # The C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize:
 	cmake -S . -B build/cmake-asan -DRNN_FUSED_SANITIZE=address,undefined
-	cmake --build build/cmake-asan --parallel
-	ctest --test-dir build/cmake-asan --output-on-failure
+	cmake --build build/cmake-asan --parallel $(MAX_JOBS)
+	ctest --test-dir build/cmake-asan --output-on-failure --no-tests=error
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .

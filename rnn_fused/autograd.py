@@ -12,6 +12,7 @@ and direction by direction, None where absent: Functions take tensors as flat ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
 from itertools import chain, repeat
 from typing import Any
 
@@ -33,9 +34,9 @@ def flatten(fields: Sequence[Sequence[Any]]) -> list[Any]:
 
 
 def unflatten(slots: Slots) -> LayerWeights:
-    directions = len(slots) // FIELDS
-    fields = (slots[k * directions : (k + 1) * directions] for k in range(FIELDS))
-    return LayerWeights(*(tuple(w for w in field if w is not None) for field in fields))
+    D = len(slots) // FIELDS
+    fields = [tuple(slots[k : k + D]) for k in range(0, len(slots), D)]
+    return LayerWeights(*[() if field[0] is None else field for field in fields])  # type: ignore[arg-type]
 
 
 def forward_mode() -> bool:
@@ -58,9 +59,10 @@ class LayerForward(Function):
     def forward(
         cell: str, save: bool, batch_sizes: Tensor | None, *primals: Tensor | None
     ) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = library.layer_forward(
-            *primals[:3], *unflatten(primals[3:]), batch_sizes, cell, save
-        )
+        with library.below_autograd():
+            outputs: tuple[Tensor, ...] = library.layer_forward(
+                *primals[:3], *unflatten(primals[3:]), batch_sizes, cell, save
+            )
         return outputs
 
     @staticmethod
@@ -102,10 +104,11 @@ class LayerBackward(Function):
         *primals: Tensor | None,
     ) -> tuple[Tensor, ...]:
         grads = grad_output, grad_h_n, grad_c_n
-        *gradients, grad_weights = library.layer_backward(
-            *(*grads, *primals[:3], *unflatten(primals[3:]), batch_sizes),
-            *(cell, output, gates, cells, need_input, need_state, need_weights),
-        )
+        with library.below_autograd():
+            *gradients, grad_weights = library.layer_backward(
+                *(*grads, *primals[:3], *unflatten(primals[3:]), batch_sizes),
+                *(cell, output, gates, cells, need_input, need_state, need_weights),
+            )
         return *gradients, *grad_weights
 
     @staticmethod
@@ -126,6 +129,11 @@ class LayerBackward(Function):
         return _loop_over_samples(LayerBackward, info, in_dims, args)
 
 
+for function in (LayerForward, LayerBackward):
+    # Function.apply looks for the signature at every call, a third of its time.
+    vars(function.forward)["__signature__"] = signature(function.forward)
+
+
 def first_order(ctx: Any, grads: Slots, needed: Sequence[bool | None]) -> list[Tensor | None]:
     """The gradients of the primals that are needed, from those of LayerForward's outputs."""
     batch_sizes, output, gates, cells, *primals = ctx.saved_tensors
@@ -133,9 +141,9 @@ def first_order(ctx: Any, grads: Slots, needed: Sequence[bool | None]) -> list[T
         return reference_vjp(ctx.cell, batch_sizes, grads[:3], primals)
     needs_input, needs_hx, needs_cx, *needs_weight = map(bool, needed)
     needs = needs_input, needs_hx or needs_cx, any(needs_weight)
-    gradients = LayerBackward.apply(
-        *(ctx.cell, *needs, batch_sizes, output, gates, cells, *grads[:3], *primals)
-    )
+    differentiable = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    run = LayerBackward.apply if differentiable else LayerBackward.forward
+    gradients = run(*(ctx.cell, *needs, batch_sizes, output, gates, cells, *grads[:3], *primals))
     weights = iter(gradients[3:])
     slots = [None if w is None else next(weights, None) for w in primals[3:]]
     return [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNCellBase
 
-from . import ops
+from . import ops, reference
 from .ops import LayerWeights
 
 
@@ -71,9 +71,11 @@ class FusedCellBase(RNNCellBase):
     def _run_op(
         self, input: Tensor, states: tuple[Tensor, ...], weights: LayerWeights, cell: str
     ) -> tuple[Tensor, ...]:
-        # A layer of one direction over one step: T = D = 1.
+        # A layer of one direction over one step: T = D = 1. The kernels want H > 0, torch.nn's
+        # cells do not.
+        layer = ops.layer if self.hidden_size > 0 else reference.layer
         h, *c = (state.unsqueeze(0) for state in states)
-        _, h_n, c_n = ops.layer(input.unsqueeze(0), h, c[0] if c else None, weights, cell=cell)
+        _, h_n, c_n = layer(input.unsqueeze(0), h, c[0] if c else None, weights, cell=cell)
         return tuple(state.squeeze(0) for state in (h_n, c_n) if state is not None)
 
     def _weights(self) -> LayerWeights:

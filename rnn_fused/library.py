@@ -25,6 +25,9 @@ except OSError as error:
 layer_forward = torch.ops.rnn_fused.layer_forward.default
 layer_backward = torch.ops.rnn_fused.layer_backward.default
 
+# Around a call that records no derivative: it saves the way through the ops' autograd in Python.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
 
 @torch.library.register_fake("rnn_fused::layer_forward")
 def _fake_forward(

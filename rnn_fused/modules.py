@@ -67,9 +67,13 @@ class FusedRNNBase(RNNBase):
         self, input: PackedSequence, states: tuple[Tensor, ...] | None
     ) -> tuple[PackedSequence, tuple[Tensor, ...]]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        # The batch is read off the indices where there are any: a traced graph cannot depend on
-        # the values in batch_sizes.
-        batch = int(batch_sizes[0]) if sorted_indices is None else sorted_indices.size(0)
+        # A traced graph cannot compare the values in batch_sizes with a shape; the op does.
+        if sorted_indices is not None:
+            batch = sorted_indices.size(0)
+        elif states is not None and torch.compiler.is_compiling():
+            batch = states[0].size(1)
+        else:
+            batch = int(batch_sizes[0])
         if states is not None and sorted_indices is not None:
             states = tuple(state.index_select(1, sorted_indices) for state in states)
         output, states = self._run(data, states, batch, batch_sizes)
@@ -90,7 +94,7 @@ class FusedRNNBase(RNNBase):
         applies it: the same seed gives the same mask.
         """
         weights = [self._layer_weights(layer) for layer in range(self.num_layers)]
-        self._check_sequence(sequence, batch_sizes, weights[0].weight_ih[0].dtype)
+        self._check_sequence(sequence, batch_sizes, weights[0].weight_ih[0])
         sizes = self._state_sizes(batch)
         if states is None:
             states = tuple(sequence.new_zeros(size) for size in sizes)
@@ -146,16 +150,19 @@ class FusedRNNBase(RNNBase):
         count = self.num_layers * (2 if self.bidirectional else 1)
         return ((count, batch, self.proj_size or self.hidden_size),)
 
-    def _check_sequence(
-        self, sequence: Tensor, batch_sizes: Tensor | None, weight_dtype: torch.dtype
-    ) -> None:
+    def _check_sequence(self, sequence: Tensor, batch_sizes: Tensor | None, weight: Tensor) -> None:
         packed = batch_sizes is not None
-        if sequence.dtype != weight_dtype and not torch._C._is_any_autocast_enabled():
+        if sequence.device != weight.device:
+            raise RuntimeError(
+                "Input and parameter tensors are not at the same device, found input tensor at "
+                f"{sequence.device} and parameter tensor at {weight.device}"
+            )
+        if sequence.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
             # torch.nn.LSTM leaves packed input to its op, whose error is a RuntimeError.
             error = RuntimeError if packed and self.mode == "LSTM" else ValueError
             raise error(
-                f"RNN input dtype ({sequence.dtype}) does not match weight dtype ({weight_dtype}). "
-                f"Convert input: input.to({weight_dtype}), "
+                f"RNN input dtype ({sequence.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), "
                 f"or convert model: model.to({sequence.dtype})"
             )
         rank = 2 if packed else 3
@@ -218,8 +225,8 @@ class LSTM(FusedRNNBase):
         IndexError, TypeError, RuntimeError: hx is one Tensor instead of two, or one in a tuple.
 
     Differences to `torch.nn.LSTM`: `isinstance(module, torch.nn.LSTM)` is False; packed input
-    and its states are checked here, with these messages; `torch.jit` is not supported, and
-    `torch.compile(fullgraph=True)` is; `flatten_parameters` does nothing.
+    and its states are checked here, with these messages; complex dtypes and `torch.jit` are not
+    supported, `torch.compile(fullgraph=True)` is; `flatten_parameters` does nothing.
     """
 
     @overload
@@ -279,7 +286,8 @@ class GRU(FusedRNNBase):
         AttributeError: hx is not a Tensor.
         Else as `rnn_fused.LSTM`.
 
-    Differences to `torch.nn.GRU`: those of `rnn_fused.LSTM`.
+    Differences to `torch.nn.GRU`: those of `rnn_fused.LSTM`; under autocast on a CPU the results
+    have autocast's dtype, where `torch.nn.GRU` mixes it with float32.
     """
 
     @overload

@@ -57,10 +57,15 @@ def layer(
         output, h_n, c_n, _, _ = LayerForward.apply(
             cell, save, batch_sizes, input, hx, cx, *flatten(weights)
         )
-    else:
+    elif compiling:
         output, h_n, c_n, _, _ = library.layer_forward(
             input, hx, cx, *weights, batch_sizes, cell, save
         )
+    else:
+        with library.below_autograd():
+            output, h_n, c_n, _, _ = library.layer_forward(
+                input, hx, cx, *weights, batch_sizes, cell, False
+            )
     return output, h_n, None if cx is None else c_n
 
 

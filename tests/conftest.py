@@ -12,6 +12,10 @@ settings.register_profile("rnn_fused", deadline=None, derandomize=True, max_exam
 settings.load_profile("rnn_fused")
 
 
+# Threads that spin wait long where others need the cores; tests of threads ask for their own.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     """Each device in turn. RNN_FUSED_REQUIRE_CUDA=1 turns a missing GPU into a failure."""

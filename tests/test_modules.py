@@ -67,6 +67,13 @@ def test_dropout_draws_the_same_mask(kind: str, form: str, p: float) -> None:
     compare(stock.eval(), ours.eval(), sequence(form))
 
 
+def test_dropout_changed_after_construction() -> None:
+    stock, ours = pair("gru", num_layers=2, dropout=0.5)
+    for p in (0.2, 0.0, 1.0):
+        stock.dropout = ours.dropout = p
+        compare(stock, pickle.loads(pickle.dumps(ours)), sequence("padded"))
+
+
 def test_dropout_warns_without_a_layer_to_fall_on() -> None:
     with pytest.warns(UserWarning, match="num_layers greater than 1"):
         pair("lstm", dropout=0.1)
@@ -137,6 +144,17 @@ def test_no_grad() -> None:
     _, ours = pair("lstm")
     with torch.no_grad():
         assert not ours(sequence("padded"))[0].requires_grad
+
+
+@layers
+def test_autocast(kind: str) -> None:
+    stock, ours = pair(kind, dtype=torch.float32)
+    x = sequence("padded", dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        for input in (x, x.bfloat16()):
+            output, expected = ours(input)[0], stock(input)[0]
+            assert output.dtype == torch.bfloat16
+            torch.testing.assert_close(output, expected.bfloat16(), atol=0.05, rtol=0.05)
 
 
 @layers
@@ -271,17 +289,19 @@ def test_compiles_to_one_graph(kind: str, given: bool) -> None:
     compare(stock, compiled, sequence("padded", batch_first=True), hx)
 
 
-def test_packed_input_compiles_to_one_graph() -> None:
+@pytest.mark.parametrize("form", ["packed", "packed_unsorted"])
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
+def test_packed_input_compiles_to_one_graph(form: str, given: bool) -> None:
     stock, ours = pair("lstm", bidirectional=True)
 
-    def run(module: nn.Module, packed: PackedSequence) -> Any:
-        output, state = module(packed)
+    def run(module: nn.Module, packed: PackedSequence, hx: Any) -> Any:
+        output, state = module(packed, hx)
         return output.data, state
 
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    packed = sequence("packed_unsorted")
-    torch.testing.assert_close(tensors(compiled(ours, packed)), tensors(run(stock, packed)))
+    args = sequence(form), initial_state(stock, form) if given else None
+    torch.testing.assert_close(tensors(compiled(ours, *args)), tensors(run(stock, *args)))
 
 
 def test_output_of_unsorted_packing_unpacks() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,14 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remov
 
 
 def assert_accurate(case: Problem) -> None:
-    theirs = values_and_gradients(case, torch_layer)
     exact = values_and_gradients(case.to(torch.float64), reference.layer)
-    assert_as_accurate(values_and_gradients(case, ops.layer), theirs, exact)
+    theirs = values_and_gradients(case, torch_layer)
+    ours = values_and_gradients(case, ops.layer)
+    active = [run["output 0"] > 0 for run in (exact, theirs, ours)]
+    if case.cell == "rnn_relu" and not all(a.equal(active[0]) for a in active):
+        # An activation was rounded across 0, where ReLU's derivative jumps.
+        exact = {name: value for name, value in exact.items() if name.startswith("output")}
+    assert_as_accurate(ours, theirs, exact)
 
 
 @each_kind
@@ -108,6 +114,33 @@ def assert_agrees_with_reference(case: Problem) -> None:
     torch.testing.assert_close(
         values_and_gradients(case, ops.layer), values_and_gradients(case, reference.layer)
     )
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+# Large enough to be divided among threads: by sequences, and by hidden units.
+DIVIDED = {
+    "sequences": {"T": 40, "B": 5, "H": 64},
+    "packed_sequences": {"lengths": (50, 41, 41, 30, 1), "H": 64},
+    "units": {"T": 6, "B": 1, "H": 256},
+}
+
+
+@each_kind
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("sizes", DIVIDED)
+@pytest.mark.parametrize("threads", [2, 3], indirect=True)
+def test_threads(kind: str, directions: int, sizes: str, threads: int) -> None:
+    case = problem(**KINDS[kind], **DIVIDED[sizes], directions=directions)
+    assert_agrees_with_reference(case)
+    first = values_and_gradients(case, ops.layer)
+    torch.testing.assert_close(values_and_gradients(case, ops.layer), first, rtol=0, atol=0)
 
 
 @each_kind
@@ -231,14 +264,16 @@ def test_repeats_bit_for_bit(
 
 
 @each_kind
-def test_strided_arguments(kind: str, device: str) -> None:
-    case = problem(**KINDS[kind], T=4, B=5, directions=2, device=device)
-    strided = case.map(
-        lambda x: torch.stack([x, x], -1).detach().mT.contiguous().mT[..., 0].requires_grad_()
-    )
-    strided = replace(strided, input=case.input.detach().mT.contiguous().mT.requires_grad_())
-    assert not strided.input.is_contiguous()
-    assert_agrees_with_reference(strided)
+@each_layout
+def test_views(kind: str, lengths: tuple[int, ...] | None, device: str) -> None:
+    """Each argument in turn lies inside a larger storage: further on, and then strided as well."""
+    case = problem(**KINDS[kind], lengths=lengths, directions=2, device=device)
+    for which in range(len(case.tensors)):
+        for dim in (0, -1):
+            views = [x.detach() for x in case.tensors]
+            view = torch.stack([torch.full_like(views[which], torch.nan), views[which]], dim)
+            views[which] = view.select(dim, 1)
+            assert_agrees_with_reference(case.with_tensors(x.requires_grad_() for x in views))
 
 
 @each_kind
@@ -298,11 +333,11 @@ MISTAKES = {
     "no_cx": (lambda p: replace(p, cx=None), "cx must be given"),
     "weight_ih": (
         lambda p: swap(p, weight_ih=torch.ones(16, 7)),
-        r"\[lstm\] weight_ih must have shape \[4\*H, I\] = \[16, 3\], got \[16, 7\]",
+        r"\[lstm\] weight_ih must have shape \[G\*H, I\] = \[16, 3\], got \[16, 7\]",
     ),
     "weight_hh": (
         lambda p: swap(p, weight_hh=torch.ones(16, 2)),
-        r"\[lstm\] weight_hh must have shape \[4\*H, H\] = \[16, 4\], got \[16, 2\]",
+        r"\[lstm\] weight_hh must have shape \[G\*H, P\] = \[16, 4\], got \[16, 2\]",
     ),
     "bias": (lambda p: swap(p, bias_hh=torch.ones(4)), r"bias_hh .*\[16\], got \[4\]"),
     "weight_hr": (lambda p: swap(p, weight_hr=torch.ones(4, 4)), "smaller than the hidden size"),
@@ -315,7 +350,7 @@ MISTAKES = {
     ),
     "increasing": (
         lambda p: replace(p, input=torch.ones(3, 3), batch_sizes=torch.tensor([1, 2])),
-        "not increase, got 2",
+        "increase, got 2 at timestep 1",
     ),
 }
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import venv
+import zipfile
 from importlib.metadata import distribution, version
 from pathlib import Path
 
@@ -28,13 +29,18 @@ SOURCES = [
     if group != "flags"
     for unit in units
 ]
-NATIVE = {".cpp", ".cu"}
+BUILD = (sys.executable, "setup.py", "-q", "build_ext")
+
+
+def attempt(*command: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    full_env = {**os.environ, **env}
+    return subprocess.run(
+        command, cwd=cwd, env=full_env, capture_output=True, text=True, check=False
+    )
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> str:
-    done = subprocess.run(
-        command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, check=False
-    )
+    done = attempt(*command, cwd=cwd, **env)
     assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -54,19 +60,35 @@ def test_build_info() -> None:
     )
 
 
-@pytest.mark.parametrize("isa", rnn_fused.build_info()["cpu"]["supported"])
-def test_isa_can_be_chosen(isa: str) -> None:
-    code = "import rnn_fused; print(rnn_fused.build_info()['cpu']['selected'])"
-    assert run(sys.executable, "-c", code, RNN_FUSED_CPU_ISA=isa).strip() == isa
+# Each in a new process, since the choice is made once in each. The module needs no torch.
+PRINT_ISA = (sys.executable, "-c", "import _C; print(_C.selected_isa())")
+
+
+def test_every_supported_isa_can_be_chosen() -> None:
+    for isa in rnn_fused.build_info()["cpu"]["supported"]:
+        assert run(*PRINT_ISA, cwd=PACKAGE, RNN_FUSED_CPU_ISA=isa).strip() == isa
 
 
 def test_unknown_isa_is_an_error() -> None:
-    code = """
-import pytest, rnn_fused
-with pytest.raises(ValueError, match="sse9"):
-    rnn_fused.build_info()
-"""
-    run(sys.executable, "-c", code, RNN_FUSED_CPU_ISA="sse9")
+    done = attempt(*PRINT_ISA, cwd=PACKAGE, RNN_FUSED_CPU_ISA="sse9")
+    assert done.returncode == 1
+    message = r"ValueError: RNN_FUSED_CPU_ISA must be one of portable.*, got 'sse9'"
+    assert re.search(message, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("RNN_FUSED_CUDA", "2", "RNN_FUSED_CUDA must be auto, 0 or 1, got '2'"),
+        ("TORCH_CUDA_ARCH_LIST", "Hopper", "must be like \"8.0 9.0a+PTX\", got 'Hopper'"),
+    ],
+)
+def test_build_refuses_bad_settings(variable: str, value: str, message: str) -> None:
+    if variable == "TORCH_CUDA_ARCH_LIST" and rnn_fused.build_info()["cuda"] is None:
+        pytest.skip("needs a CUDA toolkit")
+    done = attempt(*BUILD, **{variable: value})
+    assert done.returncode == 1
+    assert message in done.stderr
 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
@@ -84,9 +106,9 @@ def test_libops_needs_no_python() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_library_has_code_for_this_gpu() -> None:
-    arch = torch.ops.rnn_fused.cuda_probe(torch.empty(0, device="cuda"))
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_library_has_code_for_this_gpu(device: str) -> None:
+    arch = torch.ops.rnn_fused.cuda_probe(torch.empty(0, device=device))
     major, minor = torch.cuda.get_device_capability()
     # Code for sm_80 runs on 8.6 too, within one major version.
     assert major * 100 <= arch <= major * 100 + minor * 10
@@ -96,7 +118,7 @@ def test_sources_json_lists_every_source() -> None:
     on_disk = [
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "csrc").rglob("*")
-        if path.suffix in NATIVE
+        if path.suffix in {".cpp", ".cu"}
     ]
     assert sorted(SOURCES) == sorted(on_disk)
 
@@ -113,12 +135,38 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_sdist_has_every_source(sdist: Path) -> None:
-    files = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
-    headers = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.h")}
-    python = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
+    headers = list((ROOT / "csrc").rglob("*.h"))
+    python = [path for path in PACKAGE.rglob("*.py*") if path.suffix in {".py", ".pyi"}]
+    paths = {path.relative_to(ROOT).as_posix() for path in headers + python}
     others = {"CMakeLists.txt", "LICENSE", "csrc/sources.json", "pyproject.toml", "setup.py"}
-    assert {*SOURCES, *headers, *python, *others} <= files
-    assert not [name for name in files if name.endswith((".so", ".o"))]
+    assert [name for name in {*SOURCES, *paths, *others} if not (sdist / name).is_file()] == []
+    assert list(sdist.glob("rnn_fused/*.so")) == []
+
+
+@pytest.fixture(scope="module")
+def built_sdist(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the source distribution, compiled; the objects of this tree are taken along, where
+    there are any, so that only what differs is compiled again."""
+    folder = tmp_path_factory.mktemp("built") / "sdist"
+    shutil.copytree(sdist, folder)
+    for objects in (ROOT / "build").glob("ninja-*"):
+        shutil.copytree(objects, folder / "build" / objects.name)
+    run(*BUILD, cwd=folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_build_compiles_only_what_changed(built_sdist: Path) -> None:
+    def build() -> list[tuple[str, str]]:
+        steps = re.findall(r"^\[\d+/\d+\] (\w+) (\S+)", run(*BUILD, cwd=built_sdist), re.MULTILINE)
+        return [(step, Path(file).name) for step, file in steps]
+
+    assert build() == []
+    (built_sdist / "csrc/binding/module.cpp").touch()
+    assert build() == [("compile", "module.cpp"), ("link", "_C.so")]
+    (built_sdist / "csrc/cuda/probe.h").touch()
+    compiled = {file for step, file in build() if step == "compile"}
+    assert compiled == ({"probe.cu", "ops_cuda.cpp"} if rnn_fused.build_info()["cuda"] else set())
 
 
 def requirements_of(name: str) -> set[str]:
@@ -137,16 +185,30 @@ def requirements_of(name: str) -> set[str]:
 
 
 @pytest.mark.slow
-def test_wheel_runs_in_an_environment_with_torch_alone(sdist: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_instruction_sets_share_no_code(built_sdist: Path) -> None:
+    """The linker keeps one copy of an inline function, which must not be one that was compiled for
+    a CPU that this machine is not: what isa_*.cpp define is inside a namespace of its own."""
+    for unit in json.loads((ROOT / "csrc/sources.json").read_text())["cpu"]:
+        objects = built_sdist.glob(f"build/ninja-*/{unit['source']}.o")
+        if unit.get("flags") and (path := next(objects, None)):
+            symbols = re.findall(r" [uVW] (\S+)", run("nm", "--defined-only", path))
+            own = f"9rnn_fused{len(unit['isa'])}{unit['isa']}"  # mangled namespaces
+            shared = [s for s in symbols if own not in s and not s.startswith("DW.ref.")]
+            assert shared == [], unit["source"]
+
+
+@pytest.mark.slow
+def test_wheel_runs_in_an_environment_with_torch_alone(built_sdist: Path, tmp_path: Path) -> None:
     """The fresh environment sees torch and what torch requires as links to this one's, which
     stands for the installation of a large package: nothing else of this one is in sight."""
-    # The compiled objects, where this tree has them, save compiling the same sources again.
-    if (ROOT / "build").is_dir():
-        shutil.copytree(ROOT / "build", sdist / "build", ignore=shutil.ignore_patterns("lib.*"))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     wheel_options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
-    run(*pip, "wheel", *wheel_options, sdist)
+    run(*pip, "wheel", *wheel_options, built_sdist)
     wheel = next(tmp_path.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        content = {name.removeprefix("rnn_fused/") for name in archive.namelist()}
+    assert {"libops.so", "py.typed", "_C.pyi", "bench/grids.json"} <= content
 
     venv.create(tmp_path / "venv", symlinks=True)
     python = tmp_path / "venv/bin/python"

@@ -10,6 +10,7 @@ import copy
 import pickle
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -67,7 +68,8 @@ def test_forward_and_gradients(name: str, training: bool, dtype: torch.dtype) ->
 @infos
 def test_derivatives(name: str) -> None:
     """First, second and forward-mode derivatives against finite differences."""
-    for _, ours, args, _ in samples(name):
+    # Every fifth: the samples are a product of options with two values each.
+    for _, ours, args, _ in islice(samples(name), 0, None, 5):
         if isinstance(args[0], PackedSequence):
             continue
         leaves = tensors(args)

@@ -21,39 +21,34 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
 
-inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
 
 inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes,
-                        std::optional<ScalarType> dtype = std::nullopt) {
+                       std::optional<ScalarType> dtype = std::nullopt) {
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
 // A matrix inside a tensor's storage, `offset` elements from its first.
-inline Tensor matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride = 1,
-                     int64_t offset = 0) {
+inline Tensor matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t row_stride,
+                     int64_t column_stride = 1, int64_t offset = 0) {
   const int64_t sizes[] = {rows, columns};
   const int64_t strides[] = {row_stride, column_stride};
   AtenTensorHandle view = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, t.storage_offset() + offset, &view));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, offset, &view));
   return Tensor(view);
 }
 
-// out = a @ b, or out += a @ b. torch's half-precision product on the CPU is a plain loop: float is
-// both faster and more accurate there.
+// out = a @ b, or out += a @ b.
 inline void matmul(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate = false) {
   using torch::stable::detail::from;
-  if (out.scalar_type() == ScalarType::Half) {
-    const auto widen = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Float); };
-    Tensor wide = accumulate ? widen(out) : allocate(out, {out.size(0), out.size(1)}, ScalarType::Float);
-    matmul(widen(a), widen(b), wide, accumulate);
-    Tensor target = out;
-    torch::stable::copy_(target, wide);
-  } else if (accumulate) {  // not through the dispatcher: the stable ABI has no Scalar arguments
+  if (accumulate) {  // not through the dispatcher: the stable ABI has no Scalar arguments
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
   } else {
     std::array<StableIValue, 3> stack = {from(a), from(b), from(out)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // releases the returned reference to out
   }
 }

@@ -12,7 +12,8 @@ inline Cell parse_cell(const std::string& name) {
   if (name == "lstm") return Cell::lstm;
   if (name == "gru") return Cell::gru;
   if (name == "rnn_tanh") return Cell::rnn_tanh;
-  RNN_FUSED_CHECK(name == "rnn_relu", "cell must be lstm, gru, rnn_tanh or rnn_relu, got '", name, "'");
+  RNN_FUSED_CHECK(name == "rnn_relu", "cell must be lstm, gru, rnn_tanh or rnn_relu, got '", name,
+                  "'");
   return Cell::rnn_relu;
 }
 
@@ -45,17 +46,20 @@ struct Layer {
   Tensors weight_ih, weight_hh, bias_ih, bias_hh, weight_hr;
   std::vector<int64_t> row_start;
 
-  Layer(const Tensor& input_, const Tensor& hx_, const OptionalTensor& cx_, const Tensors& weight_ih_,
-        const Tensors& weight_hh_, const Tensors& bias_ih_, const Tensors& bias_hh_, const Tensors& weight_hr_,
-        const OptionalTensor& batch_sizes_, const std::string& cell)
+  Layer(const Tensor& input_, const Tensor& hx_, const OptionalTensor& cx_,
+        const Tensors& weight_ih_, const Tensors& weight_hh_, const Tensors& bias_ih_,
+        const Tensors& bias_hh_, const Tensors& weight_hr_, const OptionalTensor& batch_sizes_,
+        const std::string& cell)
       : name(cell) {
     shape.cell = parse_cell(cell);
     shape.dtype = parse_dtype(cell, input_.scalar_type());
     const int64_t D = static_cast<int64_t>(weight_ih_.size());
-    RNN_FUSED_CHECK(D == 1 || D == 2, "[", name, "] weight_ih must hold 1 or 2 directions, got ", D);
+    RNN_FUSED_CHECK(D == 1 || D == 2, "[", name, "] weight_ih must hold 1 or 2 directions, got ",
+                    D);
     shape.directions = static_cast<int>(D);
     read_rows(input_, batch_sizes_);
-    RNN_FUSED_CHECK(hx_.dim() == 3, "[", name, "] hx must have 3 dimensions [D, B, P], got ", hx_.dim());
+    RNN_FUSED_CHECK(hx_.dim() == 3, "[", name, "] hx must have 3 dimensions [D, B, P], got ",
+                    hx_.dim());
     shape.P = hx_.size(2);
     RNN_FUSED_CHECK(!weight_hh_.empty() && weight_hh_[0].dim() == 2, "[", name,
                     "] weight_hh must hold a matrix [G*H, P] per direction");
@@ -64,8 +68,8 @@ struct Layer {
     RNN_FUSED_CHECK(shape.H >= 1, "[", name, "] hidden size must be at least 1, got weight_hh ",
                     shape_string(weight_hh_[0].sizes()));
     const bool lstm = shape.cell == Cell::lstm;
-    RNN_FUSED_CHECK(!shape.projected() || (lstm && !weight_hr_.empty()), "[", name, "] hx must have size H = ",
-                    shape.H, " in its last dimension, got ", shape.P);
+    RNN_FUSED_CHECK(!shape.projected() || (lstm && !weight_hr_.empty()), "[", name,
+                    "] hx must have size H = ", shape.H, " in its last dimension, got ", shape.P);
     RNN_FUSED_CHECK(weight_hr_.empty() || shape.projected(), "[", name,
                     "] a projection (weight_hr) must be smaller than the hidden size ", shape.H);
     RNN_FUSED_CHECK(cx_.has_value() == lstm, "[", name, "] cx must be ", lstm ? "given" : "absent");
@@ -75,8 +79,9 @@ struct Layer {
     if (lstm) cx = checked(*cx_, "cx", {D, shape.B, shape.H}, "[D, B, H]");
     const auto list = [&](const Tensors& tensors, const char* what, std::vector<int64_t> sizes,
                           const char* dims, bool optional) {
-      RNN_FUSED_CHECK(static_cast<int64_t>(tensors.size()) == D || (optional && tensors.empty()), "[", name, "] ",
-                      what, " must hold ", D, " tensors", optional ? " or none" : "", ", got ", tensors.size());
+      RNN_FUSED_CHECK(static_cast<int64_t>(tensors.size()) == D || (optional && tensors.empty()),
+                      "[", name, "] ", what, " must hold ", D, " tensors",
+                      optional ? " or none" : "", ", got ", tensors.size());
       Tensors result;
       for (const Tensor& t : tensors) result.push_back(checked(t, what, sizes, dims));
       return result;
@@ -107,13 +112,15 @@ struct Layer {
 
   // The weights and states of one direction, as the core takes them.
   DirectionWeights direction(int d) const {
-    const auto at = [&](const Tensors& list) { return list.empty() ? nullptr : list[d].const_data_ptr(); };
+    const auto at = [&](const Tensors& list) {
+      return list.empty() ? nullptr : list[d].const_data_ptr();
+    };
     const auto slice = [&](const Tensor& t, int64_t size) {
       const auto* bytes = static_cast<const char*>(t.const_data_ptr());
       return bytes + d * shape.B * size * t.element_size();
     };
-    return {at(weight_hh), at(weight_hr), at(bias_ih), at(bias_hh), slice(hx, shape.P),
-            cx ? slice(*cx, shape.H) : nullptr};
+    return {at(weight_hh), at(weight_hr),      at(bias_ih),
+            at(bias_hh),   slice(hx, shape.P), cx ? slice(*cx, shape.H) : nullptr};
   }
 
   Tensor checked(const Tensor& t, const char* what, torch::headeronly::IntHeaderOnlyArrayRef sizes,
@@ -123,41 +130,48 @@ struct Layer {
     RNN_FUSED_CHECK(same, "[", name, "] ", what, " must have shape ", dims, *dims ? " = " : "",
                     shape_string(sizes), ", got ", shape_string(t.sizes()));
     RNN_FUSED_CHECK(!input.defined() || t.scalar_type() == dtype(), "[", name, "] ", what,
-                    " must have the dtype of input, ", torch::headeronly::toString(dtype()), ", got ",
-                    torch::headeronly::toString(t.scalar_type()));
-    RNN_FUSED_CHECK(t.is_cpu(), "[", name, "] ", what, " must be on the CPU, as the other arguments are");
+                    " must have the dtype of input, ", torch::headeronly::toString(dtype()),
+                    ", got ", torch::headeronly::toString(t.scalar_type()));
+    RNN_FUSED_CHECK(t.is_cpu(), "[", name, "] ", what,
+                    " must be on the CPU, as the other arguments are");
     return as_contiguous(t);
   }
 
  private:
   void read_rows(const Tensor& x, const OptionalTensor& sizes) {
     if (!sizes) {
-      RNN_FUSED_CHECK(x.dim() == 3, "[", name, "] input must have 3 dimensions [T, B, I], got ", x.dim());
+      RNN_FUSED_CHECK(x.dim() == 3, "[", name, "] input must have 3 dimensions [T, B, I], got ",
+                      x.dim());
       shape.T = x.size(0);
       shape.B = x.size(1);
       N = shape.T * shape.B;
     } else {
-      RNN_FUSED_CHECK(x.dim() == 2, "[", name, "] packed input must have 2 dimensions [N, I], got ", x.dim());
-      RNN_FUSED_CHECK(sizes->dim() == 1 && sizes->is_cpu() && sizes->scalar_type() == ScalarType::Long, "[", name,
-                      "] batch_sizes must be a vector of int64 on the CPU");
+      RNN_FUSED_CHECK(x.dim() == 2, "[", name, "] packed input must have 2 dimensions [N, I], got ",
+                      x.dim());
+      RNN_FUSED_CHECK(
+          sizes->dim() == 1 && sizes->is_cpu() && sizes->scalar_type() == ScalarType::Long, "[",
+          name, "] batch_sizes must be a vector of int64 on the CPU");
       batch_sizes = as_contiguous(*sizes);
       shape.T = sizes->size(0);
       N = x.size(0);
       const int64_t* counts = batch_sizes->const_data_ptr<int64_t>();
       int64_t rows = 0;
       for (int64_t t = 0; t < shape.T; ++t) {
-        RNN_FUSED_CHECK(counts[t] >= 1 && (t == 0 || counts[t] <= counts[t - 1]), "[", name,
-                        "] batch_sizes must be positive and not increase, got ", counts[t], " at timestep ", t);
+        RNN_FUSED_CHECK(counts[t] >= 0 && (t == 0 || counts[t] <= counts[t - 1]), "[", name,
+                        "] batch_sizes must not be negative or increase, got ", counts[t],
+                        " at timestep ", t);
         row_start.push_back(rows);
         rows += counts[t];
       }
-      RNN_FUSED_CHECK(rows == N, "[", name, "] batch_sizes must sum to the rows of input, ", N, ", got ", rows);
+      RNN_FUSED_CHECK(rows == N, "[", name, "] batch_sizes must sum to the rows of input, ", N,
+                      ", got ", rows);
       shape.B = shape.T ? counts[0] : 0;
       shape.batch_sizes = counts;
       shape.row_start = row_start.data();
     }
     I = x.size(x.dim() - 1);
-    RNN_FUSED_CHECK(shape.T >= 1, "[", name, "] the sequence must have at least 1 timestep, got ", shape.T);
+    RNN_FUSED_CHECK(shape.T >= 1, "[", name, "] the sequence must have at least 1 timestep, got ",
+                    shape.T);
   }
 };
 

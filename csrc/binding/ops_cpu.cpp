@@ -8,8 +8,8 @@ namespace {
 
 Host torch_threads() {
   return {[](int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
-            torch::stable::parallel_for(0, n, 1,
-                                        [&](int64_t begin, int64_t end) { body(context, begin, end); });
+            torch::stable::parallel_for(
+                0, n, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
           },
           static_cast<int>(torch::stable::get_num_threads())};
 }
@@ -22,33 +22,53 @@ const void* at(const OptionalTensor& t, int64_t offset) {
   return t ? static_cast<const char*>(t->const_data_ptr()) + offset * t->element_size() : nullptr;
 }
 
+// Who computes the large products around the loop, [N, .] by a weight of `rows` x `columns`.
+// bfloat16 has instructions that only the library uses (AMX), and it wins once a product is large.
+// Elsewhere our own are as fast, keep the pre-activations in the cache and in float, and give the
+// same bits for any number of threads.
+bool by_library(const Layer& layer, int64_t rows, int64_t columns) {
+  constexpr double kLargeProduct = 4e6;  // multiply-adds
+  return layer.shape.dtype == DType::bf16 &&
+         static_cast<double>(layer.N) * rows * columns >= kLargeProduct;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward(
-    Tensor input, Tensor hx, OptionalTensor cx, Tensors weight_ih, Tensors weight_hh, Tensors bias_ih,
-    Tensors bias_hh, Tensors weight_hr, OptionalTensor batch_sizes, std::string cell, bool save) {
-  const Layer layer(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, cell);
+    Tensor input, Tensor hx, OptionalTensor cx, Tensors weight_ih, Tensors weight_hh,
+    Tensors bias_ih, Tensors bias_hh, Tensors weight_hr, OptionalTensor batch_sizes,
+    std::string cell, bool save) {
+  const Layer layer(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes,
+                    cell);
   const LayerShape& s = layer.shape;
   const int64_t D = layer.D(), N = layer.N, GH = layer.G() * s.H;
 
   Tensor output = allocate(layer.input, layer.rows_shape(D * s.P));
-  Tensor h_n = allocate(layer.input, {D, s.B, s.P});
-  Tensor c_n = allocate(layer.input, layer.lstm() ? std::vector<int64_t>{D, s.B, s.H} : std::vector<int64_t>{0});
   const std::vector<int64_t> none = {0};
-  const bool keep_gates = save && !layer.rnn();
-  // Without saving, the GRU needs no room for hn.
+  Tensor h_n = allocate(layer.input, {D, s.B, s.P});
+  Tensor c_n = allocate(layer.input, layer.lstm() ? std::vector<int64_t>{D, s.B, s.H} : none);
+  const bool input_by_library = by_library(layer, GH, layer.I);
+  // The GRU's hn needs room only where it is saved; an RNN saves nothing but its output, and its
+  // pre-activations can lie where that will.
   const int64_t gates_stride = layer.rnn() ? D * s.P : save ? layer.S() * s.H : GH;
-  Tensor gates = allocate(layer.input, layer.rnn() ? none : std::vector<int64_t>{D, N, gates_stride / s.H, s.H});
-  Tensor cells = allocate(layer.input, save && layer.lstm() ? std::vector<int64_t>{D, N, s.H} : none,
-                           layer.cell_dtype());
+  const bool has_gates = !layer.rnn() && (save || input_by_library);
+  Tensor gates =
+      allocate(layer.input, has_gates ? std::vector<int64_t>{D, N, gates_stride / s.H, s.H} : none);
+  Tensor cells =
+      allocate(layer.input, save && layer.lstm() ? std::vector<int64_t>{D, N, s.H} : none,
+               layer.cell_dtype());
   if (s.B > 0) {
-    ForwardParams params{s, {}, gates_stride, D * s.P, save};
-    const Tensor x = matrix(layer.input, N, layer.I, layer.I);
+    ForwardParams params{
+        s,       {},  layer.input.const_data_ptr(), layer.I, input_by_library, gates_stride,
+        D * s.P, save};
     for (int d = 0; d < s.directions; ++d) {
-      // An RNN's pre-activations lie where its output will.
       const Tensor& place = layer.rnn() ? output : gates;
       const int64_t offset = layer.rnn() ? d * s.P : d * N * gates_stride;
-      matmul(x, matrix(layer.weight_ih[d], layer.I, GH, 1, layer.I), matrix(place, N, GH, gates_stride, 1, offset));
+      if (input_by_library)
+        matmul(matrix(layer.input, N, layer.I, layer.I),
+               matrix(layer.weight_ih[d], layer.I, GH, 1, layer.I),
+               matrix(place, N, GH, gates_stride, 1, offset));
       params.direction[d] = {layer.direction(d),
-                             at(place, offset),
+                             layer.weight_ih[d].const_data_ptr(),
+                             has_gates || layer.rnn() ? at(place, offset) : nullptr,
                              cells.numel() ? at(cells, d * N * s.H) : nullptr,
                              at(output, d * s.P),
                              at(h_n, d * s.B * s.P),
@@ -56,42 +76,52 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward(
     }
     cpu_forward(selected_isa(), params, torch_threads());
   }
-  if (!keep_gates) gates = allocate(layer.input, none);
+  if (!save) gates = allocate(layer.input, none);
   return {output, h_n, c_n, gates, cells};
 }
 
-// Rows of h before each row's step, [N, P]: what W_hh was multiplied with. Ragged only; dense rows
-// are the output shifted by one timestep.
-Tensor gather_previous(const Layer& layer, const Tensor& output, int d) {
+// Pointers to the rows of a matrix.
+std::vector<const void*> rows_of(const Tensor& t, int64_t rows, int64_t stride) {
+  std::vector<const void*> pointers(rows);
+  for (int64_t n = 0; n < rows; ++n) pointers[n] = at(t, n * stride);
+  return pointers;
+}
+
+// Pointers to h before each row's step, what W_hh was multiplied with.
+std::vector<const void*> previous_h(const Layer& layer, const Tensor& output, int d) {
   const LayerShape& s = layer.shape;
-  Tensor previous = allocate(layer.input, {layer.N, s.P});
-  const int64_t bytes = s.P * layer.input.element_size();
+  std::vector<const void*> pointers(layer.N);
   for (int64_t t = 0; t < s.T; ++t) {
     const int64_t before = d == 0 ? t - 1 : t + 1;
     const int64_t known = before < 0 || before >= s.T ? 0 : std::min(s.active(t), s.active(before));
-    for (int64_t b = 0; b < s.active(t); ++b) {
-      const void* from = b < known ? at(output, (s.row(before) + b) * layer.D() * s.P + d * s.P)
-                                   : at(OptionalTensor(layer.hx), (d * s.B + b) * s.P);
-      std::memcpy(at(previous, (s.row(t) + b) * s.P), from, bytes);
-    }
+    for (int64_t b = 0; b < s.active(t); ++b)
+      pointers[s.row(t) + b] = b < known ? at(output, ((s.row(before) + b) * layer.D() + d) * s.P)
+                                         : at(layer.hx, (d * s.B + b) * s.P);
   }
-  return previous;
+  return pointers;
 }
 
-// grad = grad_gates[:, column : column + columns].T @ h before each step
-void recurrent_gradient(const Layer& layer, const Tensor& output, const Tensor& previous, int d,
-                        const Tensor& grad_gates, int64_t column, int64_t columns, const Tensor& grad) {
-  const LayerShape& s = layer.shape;
-  const int64_t N = layer.N, SH = layer.S() * s.H, origin = d * N * SH + column;
-  const auto grads_of = [&](int64_t row, int64_t rows) {
-    return matrix(grad_gates, columns, rows, 1, SH, origin + row * SH);
-  };
-  if (layer.ragged()) return matmul(grads_of(0, N), previous, grad);
-  const int64_t later = d == 0 ? s.B : 0, earlier = d == 0 ? 0 : s.B, first = d == 0 ? 0 : N - s.B;
-  matmul(grads_of(first, s.B), matrix(layer.hx, s.B, s.P, s.P, 1, d * s.B * s.P), grad);
-  if (s.T > 1)
-    matmul(grads_of(later, N - s.B),
-           matrix(output, N - s.B, s.P, layer.D() * s.P, 1, earlier * layer.D() * s.P + d * s.P), grad, true);
+// left[:, :rows].T @ right, with left `offset` elements into `grads`; optionally the sums of left's
+// rows.
+void outer_product(const Layer& layer, const Tensor& grads, int64_t offset, int64_t stride,
+                   const std::vector<const void*>& right, int64_t rows, int64_t columns, void* out,
+                   void* sums) {
+  if (!by_library(layer, rows, columns))
+    return cpu_outer_product(selected_isa(),
+                             {layer.shape.dtype, layer.N, rows, columns, at(grads, offset), stride,
+                              right.data(), out, sums},
+                             torch_threads());
+  Tensor gathered = allocate(layer.input, {layer.N, columns});
+  const int64_t bytes = columns * grads.element_size();
+  for (int64_t n = 0; n < layer.N; ++n) std::memcpy(at(gathered, n * columns), right[n], bytes);
+  Tensor result = allocate(layer.input, {rows, columns});
+  matmul(matrix(grads, rows, layer.N, 1, stride, offset), gathered, result);
+  std::memcpy(out, at(result, 0), rows * bytes);
+  if (!sums) return;
+  Tensor total = allocate(layer.input, {rows});
+  const int64_t dim = 0;
+  torch::stable::sum_out(total, matrix(grads, layer.N, rows, stride, 1, offset), {{&dim, 1}});
+  std::memcpy(sums, at(total, 0), rows * grads.element_size());
 }
 
 // The gradients of weights and biases, in the order of the operator's arguments.
@@ -99,40 +129,35 @@ Tensors weight_gradients(const Layer& layer, const Tensor& output, const Tensor&
                          const Tensor& grad_projected, const Tensor& hidden) {
   const LayerShape& s = layer.shape;
   const int64_t N = layer.N, H = s.H, GH = layer.G() * H, SH = layer.S() * H;
-  const bool gru = s.cell == Cell::gru;
+  const bool bias = !layer.bias_ih.empty();
   Tensors grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_hr;
+  const std::vector<const void*> x = rows_of(layer.input, N, layer.I);
   for (int d = 0; d < s.directions; ++d) {
-    const int64_t origin = d * N * SH;
     grad_ih.push_back(allocate(layer.input, {GH, layer.I}));
-    matmul(matrix(grad_gates, GH, N, 1, SH, origin), matrix(layer.input, N, layer.I, layer.I), grad_ih.back());
-
     grad_hh.push_back(allocate(layer.input, {GH, s.P}));
-    const Tensor previous = layer.ragged() ? gather_previous(layer, output, d) : Tensor();
-    // The GRU's hn lies behind n: two products instead of one.
-    const int64_t joint = gru ? 2 * H : GH;
-    recurrent_gradient(layer, output, previous, d, grad_gates, 0, joint, matrix(grad_hh.back(), joint, s.P, s.P));
-    if (gru)
-      recurrent_gradient(layer, output, previous, d, grad_gates, 3 * H, H,
-                         matrix(grad_hh.back(), H, s.P, s.P, 1, 2 * H * s.P));
-
-    if (!layer.bias_ih.empty()) {
-      Tensor sums = allocate(layer.input, {SH});
-      const int64_t rows = 0;
-      torch::stable::sum_out(sums, matrix(grad_gates, N, SH, SH, 1, origin), {{&rows, 1}});
-      const auto take = [&](int64_t last_gate) {
-        Tensor grad = allocate(layer.input, {GH});
-        const size_t gate = H * grad.element_size();
-        std::memcpy(at(grad, 0), at(sums, 0), (layer.G() - 1) * gate);
-        std::memcpy(at(grad, GH - H), at(sums, last_gate * H), gate);
-        return grad;
-      };
-      grad_bias_ih.push_back(take(layer.G() - 1));
-      grad_bias_hh.push_back(take(layer.S() - 1));
+    if (bias) {
+      grad_bias_ih.push_back(allocate(layer.input, {GH}));
+      grad_bias_hh.push_back(allocate(layer.input, {GH}));
     }
+    const auto sums = [&](const Tensors& list, int64_t row) {
+      return bias ? at(list.back(), row) : nullptr;
+    };
+    const int64_t origin = d * N * SH;
+    outer_product(layer, grad_gates, origin, SH, x, GH, layer.I, at(grad_ih.back(), 0),
+                  sums(grad_bias_ih, 0));
+    // The GRU's hn lies behind n: two products instead of one.
+    const std::vector<const void*> h = previous_h(layer, output, d);
+    const int64_t joint = s.cell == Cell::gru ? 2 * H : GH;
+    outer_product(layer, grad_gates, origin, SH, h, joint, s.P, at(grad_hh.back(), 0),
+                  sums(grad_bias_hh, 0));
+    if (joint < GH)
+      outer_product(layer, grad_gates, origin + 3 * H, SH, h, H, s.P,
+                    at(grad_hh.back(), joint * s.P), sums(grad_bias_hh, joint));
     if (s.projected()) {
       grad_hr.push_back(allocate(layer.input, {s.P, H}));
-      matmul(matrix(grad_projected, s.P, N, 1, s.P, d * N * s.P), matrix(hidden, N, H, H, 1, d * N * H),
-             grad_hr.back());
+      const auto rows = rows_of(matrix(hidden, N, H, H, 1, d * N * H), N, H);
+      outer_product(layer, grad_projected, d * N * s.P, s.P, rows, s.P, H, at(grad_hr.back(), 0),
+                    nullptr);
     }
   }
   Tensors all;
@@ -141,18 +166,38 @@ Tensors weight_gradients(const Layer& layer, const Tensor& output, const Tensor&
   return all;
 }
 
+void input_gradient(const Layer& layer, const Tensor& grad_gates, const Tensor& grad_input) {
+  const int64_t N = layer.N, GH = layer.G() * layer.shape.H, SH = layer.S() * layer.shape.H;
+  if (by_library(layer, GH, layer.I)) {
+    for (int d = 0; d < layer.shape.directions; ++d)
+      matmul(matrix(grad_gates, N, GH, SH, 1, d * N * SH), layer.weight_ih[d],
+             matrix(grad_input, N, layer.I, layer.I), d > 0);
+    return;
+  }
+  InputGradientParams params{layer.shape.dtype, layer.shape.directions, N, GH, layer.I, SH, {}, {},
+                             at(grad_input, 0)};
+  for (int d = 0; d < layer.shape.directions; ++d) {
+    params.grad_gates[d] = at(grad_gates, d * N * SH);
+    params.weight_ih[d] = layer.weight_ih[d].const_data_ptr();
+  }
+  cpu_input_gradient(selected_isa(), params, torch_threads());
+}
+
 void fill_zero(Tensor t) { std::memset(t.mutable_data_ptr(), 0, t.numel() * t.element_size()); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensors> layer_backward(
-    OptionalTensor grad_output, OptionalTensor grad_h_n, OptionalTensor grad_c_n, Tensor input, Tensor hx,
-    OptionalTensor cx, Tensors weight_ih, Tensors weight_hh, Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
-    OptionalTensor batch_sizes, std::string cell, Tensor output, Tensor gates, Tensor cells, bool need_input,
-    bool need_state, bool need_weights) {
-  const Layer layer(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, cell);
+    OptionalTensor grad_output, OptionalTensor grad_h_n, OptionalTensor grad_c_n, Tensor input,
+    Tensor hx, OptionalTensor cx, Tensors weight_ih, Tensors weight_hh, Tensors bias_ih,
+    Tensors bias_hh, Tensors weight_hr, OptionalTensor batch_sizes, std::string cell, Tensor output,
+    Tensor gates, Tensor cells, bool need_input, bool need_state, bool need_weights) {
+  const Layer layer(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes,
+                    cell);
   const LayerShape& s = layer.shape;
   const int64_t D = layer.D(), N = layer.N, H = s.H, SH = layer.S() * H;
   output = layer.checked(output, "output", layer.rows_shape(D * s.P), "[..., D*P]");
-  if (!layer.rnn()) gates = layer.checked(gates, "gates", {D, N, layer.S(), H}, "[D, N, 4, H] (saved by the forward pass)");
+  if (!layer.rnn())
+    gates = layer.checked(gates, "gates", {D, N, layer.S(), H},
+                          "[D, N, 4, H] (saved by the forward pass)");
   if (layer.lstm()) {
     RNN_FUSED_CHECK(cells.numel() == D * N * H && cells.scalar_type() == layer.cell_dtype(),
                     "[lstm] cells must be what the forward pass saved, [D, N, H] = ", D * N * H,
@@ -168,7 +213,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> layer_backward(
 
   const std::vector<int64_t> none = {0};
   Tensor grad_gates = allocate(layer.input, {D, N, SH});
-  Tensor grad_projected = allocate(layer.input, s.projected() ? std::vector<int64_t>{D, N, s.P} : none);
+  Tensor grad_projected =
+      allocate(layer.input, s.projected() ? std::vector<int64_t>{D, N, s.P} : none);
   Tensor hidden = allocate(layer.input, s.projected() ? std::vector<int64_t>{D, N, H} : none);
   Tensor grad_hx = allocate(layer.input, {D, s.B, s.P});
   Tensor grad_cx = allocate(layer.input, layer.lstm() ? std::vector<int64_t>{D, s.B, H} : none);
@@ -194,10 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> layer_backward(
   }
 
   Tensor grad_input = allocate(layer.input, need_input ? layer.rows_shape(layer.I) : none);
-  if (need_input && N > 0)
-    for (int d = 0; d < s.directions; ++d)
-      matmul(matrix(grad_gates, N, layer.G() * H, SH, 1, d * N * SH), layer.weight_ih[d],
-             matrix(grad_input, N, layer.I, layer.I), d > 0);
+  if (need_input && N > 0) input_gradient(layer, grad_gates, grad_input);
   Tensors grad_weights;
   if (need_weights) {
     grad_weights = weight_gradients(layer, output, grad_gates, grad_projected, hidden);

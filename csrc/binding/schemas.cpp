@@ -9,13 +9,16 @@ STABLE_TORCH_LIBRARY(rnn_fused, m) {
   // -> output, h_n, c_n, and for the backward pass gates [D, N, 4, H] and cells [D, N, H].
   m.def(
       "layer_forward(Tensor input, Tensor hx, Tensor? cx, Tensor[] weight_ih, Tensor[] weight_hh, "
-      "Tensor[] bias_ih, Tensor[] bias_hh, Tensor[] weight_hr, Tensor? batch_sizes, str cell, bool save) "
+      "Tensor[] bias_ih, Tensor[] bias_hh, Tensor[] weight_hr, Tensor? batch_sizes, str cell, bool "
+      "save) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
   // -> the gradients, with shape [0] where not needed; grad_weights in the order of the arguments.
   m.def(
-      "layer_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor hx, "
+      "layer_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
+      "Tensor hx, "
       "Tensor? cx, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, "
-      "Tensor[] weight_hr, Tensor? batch_sizes, str cell, Tensor output, Tensor gates, Tensor cells, "
+      "Tensor[] weight_hr, Tensor? batch_sizes, str cell, Tensor output, Tensor gates, Tensor "
+      "cells, "
       "bool need_input, bool need_state, bool need_weights) "
       "-> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor[] grad_weights)");
   // The architecture that the loaded kernels were compiled for, on the device of the tensor.

@@ -1,8 +1,8 @@
 // The gate maths of every cell, once, for host and device.
 //
 // V is a float, a double or a SIMD vector of them; M supplies M::sigmoid, M::tanh and, for the ReLU
-// RNN, M::relu and M::relu_grad on V. Pre-activations arrive with W_ih x, W_hh h and the biases summed.
-// Equations: docs/design.md and rnn_fused/reference.py.
+// RNN, M::relu and M::relu_grad on V. Pre-activations arrive with W_ih x, W_hh h and the biases
+// summed. Equations: docs/design.md and rnn_fused/reference.py.
 #pragma once
 
 #include "csrc/core/host_device.h"
@@ -66,13 +66,14 @@ RNN_FUSED_HD V gru_forward(GruGates<V>& a, V h_prev) {
 template <class V>
 struct GruGrads {
   GruGates<V> gates;  // of the pre-activations, hn's own included
-  V h_prev;           // the direct path h -> z * h_prev; the paths through W_hh come from the product
+  V h_prev;  // the direct path h -> z * h_prev; the paths through W_hh come from the product
 };
 
 template <class V>
 RNN_FUSED_HD GruGrads<V> gru_backward(const GruGates<V>& a, V h_prev, V dh) {
   const V dn = dh * (1 - a.z) * (1 - a.n * a.n);
-  return {{dn * a.hn * a.r * (1 - a.r), dh * (h_prev - a.n) * a.z * (1 - a.z), dn, dn * a.r}, dh * a.z};
+  return {{dn * a.hn * a.r * (1 - a.r), dh * (h_prev - a.n) * a.z * (1 - a.z), dn, dn * a.r},
+          dh * a.z};
 }
 
 }  // namespace rnn_fused

@@ -1,5 +1,5 @@
-// Functions that kernels on the host and on the device share. Always inlined: the host compiles them
-// once per instruction set, and the linker must not replace one version by another.
+// Functions that kernels on the host and on the device share. Always inlined: the host compiles
+// them once per instruction set, and the linker must not replace one version by another.
 #pragma once
 
 #ifdef __CUDACC__

@@ -4,10 +4,10 @@
 // H hidden size, P size of h (H, or the projection's), G gates (LSTM 4, GRU 3, RNN 1),
 // S saved values per unit (LSTM and GRU 4, RNN 1), D directions (1 or 2).
 //
-// Rows are ordered by time. Dense: row(t, b) = t * B + b. Ragged (a PackedSequence): the sequences are
-// sorted by decreasing length, timestep t holds the first batch_sizes[t] of them, and
-// row(t, b) = row_start[t] + b. The reverse direction walks t downwards over the same rows, so a
-// sequence joins at its own end.
+// Rows are ordered by time. Dense: row(t, b) = t * B + b. Ragged (a PackedSequence): the sequences
+// are sorted by decreasing length, timestep t holds the first batch_sizes[t] of them, and row(t, b)
+// = row_start[t] + b. The reverse direction walks t downwards over the same rows, so a sequence
+// joins at its own end.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,9 @@ RNN_FUSED_HD constexpr int gate_count(Cell cell) {
 }
 
 // Values kept per unit and row for the backward pass: the GRU adds hn = W_hn h + b_hn to its gates.
-RNN_FUSED_HD constexpr int saved_count(Cell cell) { return cell == Cell::gru ? 4 : gate_count(cell); }
+RNN_FUSED_HD constexpr int saved_count(Cell cell) {
+  return cell == Cell::gru ? 4 : gate_count(cell);
+}
 
 struct LayerShape {
   Cell cell;
@@ -53,8 +55,10 @@ struct DirectionWeights {
 };
 
 struct ForwardDirection : DirectionWeights {
-  // [N, gates_stride]; on entry the first G*H of a row are W_ih x. With save, the activated gates
-  // replace them: LSTM (i, f, g, o), GRU (r, z, n, hn). For an RNN it may alias output.
+  const void* weight_ih;  // [G*H, I]
+  // [N, gates_stride] or null. With input_in_gates it holds W_ih x on entry, [N, G*H], and may
+  // alias output for an RNN. With save the activated gates are left in it: LSTM (i, f, g, o), GRU
+  // (r, z, n, hn).
   void* gates;
   void* cells;   // [N, H] c of every row in the accumulation type; LSTM with save only, else null
   void* output;  // [N, output_stride], this direction's first column
@@ -64,6 +68,9 @@ struct ForwardDirection : DirectionWeights {
 
 struct ForwardParams : LayerShape {
   ForwardDirection direction[2];
+  const void* input;  // [N, I]
+  int64_t I;
+  bool input_in_gates;    // the caller multiplied W_ih x
   int64_t gates_stride;   // elements between rows of gates
   int64_t output_stride;  // elements between rows of output
   bool save;
@@ -88,6 +95,28 @@ struct BackwardDirection : DirectionWeights {
 struct BackwardParams : LayerShape {
   BackwardDirection direction[2];
   int64_t output_stride;  // elements between rows of output and grad_output
+};
+
+// dx = sum over directions of grad_gates[:, :K] @ weight_ih.
+struct InputGradientParams {
+  DType dtype;
+  int directions;
+  int64_t N, K, I;
+  int64_t stride;             // elements between rows of grad_gates
+  const void* grad_gates[2];  // [N, stride]
+  const void* weight_ih[2];   // [K, I]
+  void* grad_input;           // [N, I]
+};
+
+// out = left.T @ right, a weight's gradient, and where asked for the sums of left's rows, a bias's.
+struct OuterProductParams {
+  DType dtype;
+  int64_t N, rows, columns;
+  const void* left;  // [N, left_stride], of which the first `rows` columns count
+  int64_t left_stride;
+  const void* const* right;  // N pointers to rows of `columns`
+  void* out;                 // [rows, columns]
+  void* sums;                // [rows] or null
 };
 
 }  // namespace rnn_fused

@@ -1,5 +1,6 @@
-// The backward timestep loop: the chain of dh (and dc) through time. It leaves the gradient of every
-// pre-activation in grad_gates; the weight, bias and input gradients are large products of those.
+// The backward timestep loop: the chain of dh (and dc) through time. It leaves the gradient of
+// every pre-activation in grad_gates; the weight, bias and input gradients are large products of
+// those.
 #pragma once
 
 #include "csrc/core/cells.h"
@@ -63,13 +64,14 @@ class Backward {
     if (p_.projected()) unproject(dir, t, rows);
     for (int64_t b = rows.begin; b < rows.end; ++b) gate_gradients(d, t, b, columns, operand);
     sync();
-    dir.weights.multiply(operand, Kp_, rows.begin, rows.end, panels.begin, panels.end,
-                         [&](int64_t b, int height, int64_t column, const A* product) {
-                           for (int r = 0; r < height; ++r, ++b, product += kPanel)
-                             for (int64_t v = 0; v < kPanel; v += kWidth) {
-                               A* dh = dir.dh + b * Pp_ + column + v;
-                               store(dh, kGru ? load(dh) + load(product + v) : load(product + v));
-                             }
+    // The GRU's direct path h -> z * h waits in dh.
+    const typename Recurrent::Init start = kGru
+                                               ? typename Recurrent::Init{dir.dh.get(), Pp_, kPanel}
+                                               : typename Recurrent::Init{kZeros<A>, 0, 0};
+    dir.weights.multiply(operand, Kp_, rows.begin, rows.end, panels.begin, panels.end, start,
+                         [&](int64_t b, int height, int64_t panel, const A* sums) {
+                           for (int r = 0; r < height; ++r, ++b, sums += kPanel)
+                             std::copy_n(sums, kPanel, dir.dh + b * Pp_ + panel * kPanel);
                          });
   }
 
@@ -110,14 +112,16 @@ class Backward {
         store(static_cast<T*>(dir.grad_projected) + (p_.row(t) + b) * p_.P + j, dh, n);
         store(dir.dh_operand + b * Pp_ + j, dh, n);
       }
-    dir.projection.multiply(dir.dh_operand.get(), Pp_, rows.begin, rows.end, 0, dir.projection.panel_count(),
-                            [&](int64_t b, int height, int64_t column, const A* product) {
-                              for (int r = 0; r < height; ++r, ++b, product += kPanel)
-                                std::copy_n(product, kPanel, dir.dhidden + b * Hp_ + column);
+    dir.projection.multiply(dir.dh_operand.get(), Pp_, rows.begin, rows.end, 0,
+                            dir.projection.panel_count(), {kZeros<A>, 0, 0},
+                            [&](int64_t b, int height, int64_t panel, const A* sums) {
+                              for (int r = 0; r < height; ++r, ++b, sums += kPanel)
+                                std::copy_n(sums, kPanel, dir.dhidden + b * Hp_ + panel * kPanel);
                             });
   }
 
-  // The gates of one row, for the hidden units of `columns`. With a projection those are all of them.
+  // The gates of one row, for the hidden units of `columns`. With a projection those are all of
+  // them.
   void gate_gradients(int d, int64_t t, int64_t b, Range columns, Operand<T>* operand) {
     Direction& dir = dir_[d];
     const int64_t H = p_.H, row = p_.row(t) + b;
@@ -138,13 +142,14 @@ class Backward {
       };
       if constexpr (kLstm) {
         const A* cells = static_cast<const A*>(dir.cells);
-        const LstmGates<V> a = {load(gates + j, n), load(gates + H + j, n), load(gates + 2 * H + j, n),
-                                load(gates + 3 * H + j, n)};
+        const LstmGates<V> a = {load(gates + j, n), load(gates + H + j, n),
+                                load(gates + 2 * H + j, n), load(gates + 3 * H + j, n)};
         const V c_prev = first ? load(static_cast<const T*>(dir.c0) + b * H + j, n)
                                : load(cells + row_before * H + j, n);
         const V dh = p_.projected() ? load(dir.dhidden + b * Hp_ + j) : total_dh(dir, row, b, j);
         A* dc = dir.dc + b * Hp_ + j;
-        const LstmGrads<V> g = lstm_backward<Math<A>>(a, load(cells + row * H + j, n), c_prev, dh, load(dc));
+        const LstmGrads<V> g =
+            lstm_backward<Math<A>>(a, load(cells + row * H + j, n), c_prev, dh, load(dc));
         put(0, g.gates.i, 0);
         put(1, g.gates.f, 1);
         put(2, g.gates.g, 2);
@@ -155,8 +160,8 @@ class Backward {
         const T* output = static_cast<const T*>(dir.output);
         const V dh = total_dh(dir, row, b, j);
         if constexpr (kGru) {
-          const GruGates<V> a = {load(gates + j, n), load(gates + H + j, n), load(gates + 2 * H + j, n),
-                                 load(gates + 3 * H + j, n)};
+          const GruGates<V> a = {load(gates + j, n), load(gates + H + j, n),
+                                 load(gates + 2 * H + j, n), load(gates + 3 * H + j, n)};
           const V h_prev = first ? load(static_cast<const T*>(dir.h0) + b * H + j, n)
                                  : load(output + row_before * p_.output_stride + j, n);
           const GruGrads<V> g = gru_backward(a, h_prev, dh);
@@ -176,8 +181,8 @@ class Backward {
   const BackwardParams& p_;
   const Schedule& schedule_;
   const Host& host_;
-  const int64_t Hp_, Pp_;   // H and P padded to whole panels
-  const int64_t K_, Kp_;    // G*H, and padded
+  const int64_t Hp_, Pp_;  // H and P padded to whole panels
+  const int64_t K_, Kp_;   // G*H, and padded
   Direction dir_[2];
 };
 

@@ -17,10 +17,10 @@ void run(Kernel<Params> kernel, const Params& params, const Host& host) {
 }  // namespace
 
 #if defined(__x86_64__)
-#define RNN_FUSED_KERNEL(pass)                        \
-  (isa == Isa::avx512_bf16 ? avx512_bf16::pass        \
-   : isa == Isa::avx512    ? avx512::pass             \
-   : isa == Isa::avx2      ? avx2::pass               \
+#define RNN_FUSED_KERNEL(pass)                 \
+  (isa == Isa::avx512_bf16 ? avx512_bf16::pass \
+   : isa == Isa::avx512    ? avx512::pass      \
+   : isa == Isa::avx2      ? avx2::pass        \
                            : portable::pass)
 #else
 #define RNN_FUSED_KERNEL(pass) (static_cast<void>(isa), portable::pass)
@@ -32,6 +32,14 @@ void cpu_forward(Isa isa, const ForwardParams& params, const Host& host) {
 
 void cpu_backward(Isa isa, const BackwardParams& params, const Host& host) {
   run<BackwardParams>(RNN_FUSED_KERNEL(backward), params, host);
+}
+
+void cpu_input_gradient(Isa isa, const InputGradientParams& params, const Host& host) {
+  RNN_FUSED_KERNEL(input_gradient)(params, host);
+}
+
+void cpu_outer_product(Isa isa, const OuterProductParams& params, const Host& host) {
+  RNN_FUSED_KERNEL(outer_product)(params, host);
 }
 
 }  // namespace rnn_fused

@@ -11,17 +11,21 @@ namespace rnn_fused {
 // T, B and H at least 1. Throws nothing but std::bad_alloc, before any output is written.
 void cpu_forward(Isa isa, const ForwardParams& params, const Host& host);
 void cpu_backward(Isa isa, const BackwardParams& params, const Host& host);
+void cpu_input_gradient(Isa isa, const InputGradientParams& params, const Host& host);
+void cpu_outer_product(Isa isa, const OuterProductParams& params, const Host& host);
 
 // A plan with the ranges of its row_parts.
 struct Schedule : Plan {
   const Range* rows;
 };
 
-// One pair per instruction set, defined in isa_*.cpp.
-#define RNN_FUSED_DECLARE_ISA(name)                                                             \
-  namespace name {                                                                              \
-  void forward(const ForwardParams& params, const Schedule& schedule, const Host& host);        \
-  void backward(const BackwardParams& params, const Schedule& schedule, const Host& host);      \
+// One set per instruction set, defined in isa_*.cpp.
+#define RNN_FUSED_DECLARE_ISA(name)                                                        \
+  namespace name {                                                                         \
+  void forward(const ForwardParams& params, const Schedule& schedule, const Host& host);   \
+  void backward(const BackwardParams& params, const Schedule& schedule, const Host& host); \
+  void input_gradient(const InputGradientParams& params, const Host& host);                \
+  void outer_product(const OuterProductParams& params, const Host& host);                  \
   }
 RNN_FUSED_DECLARE_ISA(portable)
 RNN_FUSED_DECLARE_ISA(avx2)

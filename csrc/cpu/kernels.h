@@ -3,6 +3,7 @@
 
 #include "csrc/cpu/backward.h"
 #include "csrc/cpu/forward.h"
+#include "csrc/cpu/gradients.h"
 
 namespace rnn_fused::RNN_FUSED_ISA {
 
@@ -16,22 +17,31 @@ void run_cell(const Params& params, const Schedule& schedule, const Host& host) 
   }
 }
 
-template <template <class, Cell> class Loop, class Params>
-void run_typed(const Params& params, const Schedule& schedule, const Host& host) {
-  switch (params.dtype) {
-    case DType::f32: return run_cell<Loop, float>(params, schedule, host);
-    case DType::f64: return run_cell<Loop, double>(params, schedule, host);
-    case DType::bf16: return run_cell<Loop, bf16>(params, schedule, host);
-    case DType::f16: return run_cell<Loop, f16>(params, schedule, host);
+// Calls body(T()) with the storage type.
+template <class Body>
+void with_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f32: return body(float());
+    case DType::f64: return body(double());
+    case DType::bf16: return body(bf16());
+    case DType::f16: return body(f16());
   }
 }
 
 void forward(const ForwardParams& params, const Schedule& schedule, const Host& host) {
-  run_typed<Forward>(params, schedule, host);
+  with_type(params.dtype, [&](auto t) { run_cell<Forward, decltype(t)>(params, schedule, host); });
 }
 
 void backward(const BackwardParams& params, const Schedule& schedule, const Host& host) {
-  run_typed<Backward>(params, schedule, host);
+  with_type(params.dtype, [&](auto t) { run_cell<Backward, decltype(t)>(params, schedule, host); });
+}
+
+void input_gradient(const InputGradientParams& params, const Host& host) {
+  with_type(params.dtype, [&](auto t) { multiply_by_weights<decltype(t)>(params, host); });
+}
+
+void outer_product(const OuterProductParams& params, const Host& host) {
+  with_type(params.dtype, [&](auto t) { multiply_outer<decltype(t)>(params, host); });
 }
 
 }  // namespace rnn_fused::RNN_FUSED_ISA

@@ -8,8 +8,8 @@
 
 namespace rnn_fused::RNN_FUSED_ISA {
 
-// Fills kLanes columns of a panel of kColumns, from column `first`, with the first `lanes` of `rows`:
-// one row of K elements per column, `row_stride` apart.
+// Fills kLanes columns of a panel of kColumns, from column `first`, with the first `lanes` of
+// `rows`: one row of K elements per column, `row_stride` apart.
 template <class T, int kColumns>
 void pack_lanes(const T* rows, int64_t row_stride, int lanes, int64_t K, int first, T* panel) {
   constexpr int kDepth = Product<T>::kDepth;
@@ -40,17 +40,20 @@ void pack_gates(const T* weight, int64_t H, int64_t K, int64_t unit, T* panel) {
   constexpr int kWidth = kLanes<Acc<T>>;
   const int lanes = static_cast<int>(std::min<int64_t>(kWidth, H - unit));
   for (int gate = 0; gate < kVectors; ++gate)
-    pack_lanes<T, kVectors * kWidth>(weight + (gate * H + unit) * K, K, lanes, K, gate * kWidth, panel);
+    pack_lanes<T, kVectors * kWidth>(weight + (gate * H + unit) * K, K, lanes, K, gate * kWidth,
+                                     panel);
 }
 
-// Panel for output columns [column, column + kVectors * kLanes) of a @ weight.T: weight [columns, K].
+// Panel for output columns [column, column + kVectors * kLanes) of a @ weight.T: weight [columns,
+// K].
 template <class T, int kVectors>
 void pack_transposed(const T* weight, int64_t columns, int64_t K, int64_t column, T* panel) {
   constexpr int kWidth = kLanes<Acc<T>>;
   for (int v = 0; v < kVectors; ++v) {
     const int64_t first = column + v * kWidth;
     const int lanes = static_cast<int>(std::clamp<int64_t>(columns - first, 0, kWidth));
-    pack_lanes<T, kVectors * kWidth>(lanes ? weight + first * K : weight, K, lanes, K, v * kWidth, panel);
+    pack_lanes<T, kVectors * kWidth>(lanes ? weight + first * K : weight, K, lanes, K, v * kWidth,
+                                     panel);
   }
 }
 

@@ -1,5 +1,5 @@
-// Threads, as the core sees them. Out of line, for the same reason as host_device.h: the callers are
-// compiled once per instruction set.
+// Threads, as the core sees them. Out of line, for the same reason as host_device.h: the callers
+// are compiled once per instruction set.
 #pragma once
 
 #include <atomic>
@@ -15,12 +15,13 @@ struct Range {
 // [0, n). All ranges may run on one thread, one after the other or as one (nested parallelism); a
 // range that waits for another may rely on that one's thread being there.
 struct Host {
-  void (*parallel_for)(int64_t n, void (*body)(void* context, int64_t begin, int64_t end), void* context);
+  void (*parallel_for)(int64_t n, void (*body)(void* context, int64_t begin, int64_t end),
+                       void* context);
   int threads;
 };
 
-// A spinning barrier for the ranges of one parallel_for over [0, parts). Each arrives with the number
-// of parts it covers, so that it also works where fewer threads came than were asked for.
+// A spinning barrier for the ranges of one parallel_for over [0, parts). Each arrives with the
+// number of parts it covers, so that it also works where fewer threads came than were asked for.
 class Barrier {
  public:
   explicit Barrier(int64_t parts) : parts_(parts) {}

@@ -18,11 +18,11 @@ const char* isa_name(Isa isa) {
 
 bool isa_supported(Isa isa) {
 #if defined(__x86_64__)
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-      __builtin_cpu_supports("bmi2");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
   switch (isa) {
     case Isa::portable: return true;
     case Isa::avx2: return avx2;
@@ -44,8 +44,8 @@ static Isa choose() {
     best = isa;
   }
   if (wish && *wish)
-    throw std::invalid_argument("RNN_FUSED_CPU_ISA must be one of " + supported + " on this machine, got '" +
-                                wish + "'");
+    throw std::invalid_argument("RNN_FUSED_CPU_ISA must be one of " + supported +
+                                " on this machine, got '" + wish + "'");
   return best;
 }
 

@@ -66,7 +66,8 @@ inline void store_as(void* p, const V& v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-// Loads a register of Acc<T> from kLanes elements of T, and stores one with rounding to nearest even.
+// Loads a register of Acc<T> from kLanes elements of T, and stores one with rounding to nearest
+// even.
 inline Vec<float> load(const float* p) { return load_as<Vec<float>>(p); }
 inline Vec<double> load(const double* p) { return load_as<Vec<double>>(p); }
 inline void store(float* p, Vec<float> v) { store_as(p, v); }
@@ -91,7 +92,8 @@ inline Vec<float> load(const f16* p) {
   return reinterpret_cast<Vec<float>>(_mm512_maskz_cvtph_ps(0xffff, load_as<__m256i>(p)));
 }
 inline void store(f16* p, Vec<float> v) {
-  store_as(p, _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+  store_as(p,
+           _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__F16C__)
 inline Vec<float> load(const f16* p) {
@@ -109,7 +111,8 @@ inline Vec<float> load(const f16* p) {
   const Vec<float> scaled = bit_cast<Vec<float>>(magnitude) * 0x1p112f;
   const U32 finite = bit_cast<U32>(scaled);
   const U32 special = magnitude | 0x7f800000;
-  return bit_cast<Vec<float>>((magnitude >= 0x0f800000 ? special : finite) | ((half & 0x8000) << 16));
+  return bit_cast<Vec<float>>((magnitude >= 0x0f800000 ? special : finite) |
+                              ((half & 0x8000) << 16));
 }
 inline void store(f16* p, Vec<float> v) {
   const U32 bits = bit_cast<U32>(v);

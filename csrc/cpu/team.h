@@ -16,10 +16,11 @@ void parallel_for(const Host& host, int64_t n, const Body& body) {
     host.parallel_for(n, call, const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// loop.pack(direction, panels) rearranges weights; loop.step(direction, s, rows, panels, sync) computes
-// step s and calls sync() once, to wait for the others that work on the same sequences.
+// loop.pack(direction, panels) rearranges weights; loop.step(direction, s, rows, panels, sync)
+// computes step s and calls sync() once, to wait for the others that work on the same sequences.
 template <class Loop>
-void run_team(const LayerShape& shape, const Schedule& schedule, const Host& host, int64_t panels, Loop& loop) {
+void run_team(const LayerShape& shape, const Schedule& schedule, const Host& host, int64_t panels,
+              Loop& loop) {
   if (schedule.unit_parts > 1) {
     // Every part owns some hidden units of all directions and sequences, in lockstep.
     Barrier barrier(schedule.unit_parts);
@@ -34,15 +35,16 @@ void run_team(const LayerShape& shape, const Schedule& schedule, const Host& hos
   }
   if (schedule.pack)
     parallel_for(host, shape.directions * panels, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) loop.pack(static_cast<int>(i / panels), {i % panels, i % panels + 1});
+      for (int64_t i = begin; i < end; ++i)
+        loop.pack(static_cast<int>(i / panels), {i % panels, i % panels + 1});
     });
   // Every part owns some sequences of one direction.
   const auto sync = [] {};
   parallel_for(host, shape.directions * schedule.row_parts, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task)
       for (int64_t s = 0; s < shape.T; ++s)
-        loop.step(static_cast<int>(task / schedule.row_parts), s, schedule.rows[task % schedule.row_parts],
-                  {0, panels}, sync);
+        loop.step(static_cast<int>(task / schedule.row_parts), s,
+                  schedule.rows[task % schedule.row_parts], {0, panels}, sync);
   });
 }
 

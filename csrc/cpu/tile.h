@@ -27,9 +27,7 @@ struct Product<bf16> {
   using Operand = bf16;
   using Value = __m512bh;
   static constexpr int kDepth = 2;
-  static Value value(const Operand* a) {
-    return (__m512bh)_mm512_set1_epi32(load_as<int32_t>(a));
-  }
+  static Value value(const Operand* a) { return (__m512bh)_mm512_set1_epi32(load_as<int32_t>(a)); }
   static Value weight(const bf16* w) { return (__m512bh)load_as<__m512i>(w); }
   static void accumulate(Vec<float>& sum, Value a, Value w) {
     sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, a, w);
@@ -50,27 +48,35 @@ constexpr int64_t padded_depth(int64_t K) {
 // Largest number of rows whose accumulators, with one weight and the broadcast values, fit in the
 // vector registers: 32 of them with AVX-512, else 16.
 template <int kVectors>
-constexpr int kTileRows = RNN_FUSED_VECTOR_BYTES == 64 ? (kVectors == 4 ? 6 : 8) : (kVectors == 4 ? 2 : 3);
+constexpr int kTileRows =
+    RNN_FUSED_VECTOR_BYTES == 64 ? (kVectors == 4 ? 6 : 8) : (kVectors == 4 ? 2 : 3);
 
-// out[r][v * kLanes + l] = sum_k a[r * lda + k] * panel(k, v * kLanes + l), K a multiple of kDepth.
-// Every sum runs over k in the same order whatever the height of the tile, so that a sequence's
-// result does not depend on the rest of the batch or on the number of threads.
+// out[r][c] = init[r * ldi + c] + sum_k a[r * lda + k * step] * panel(k, c), c < kVectors * kLanes,
+// K a multiple of kDepth, step 1 where kDepth is not. Every sum runs over k in the same order
+// whatever the height of the tile, so that a sequence's result does not depend on the rest of the
+// batch or on the number of threads.
 template <class T, int kVectors, int kRows>
-__attribute__((noinline)) void multiply_tile(const Operand<T>* a, int64_t lda, const T* panel,
-                                             int64_t K, Acc<T>* out) {
+__attribute__((noinline)) void multiply_tile(const Operand<T>* a, int64_t lda, int64_t step,
+                                             const T* panel, int64_t K, const Acc<T>* init,
+                                             int64_t ldi, Acc<T>* out) {
   using A = Acc<T>;
   using M = Product<T>;
-  Vec<A> sum[kRows][kVectors] = {};
-  for (int64_t k = 0; k < K; k += M::kDepth, panel += kVectors * kLanes<A> * M::kDepth) {
+  Vec<A> sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(init + r * ldi + v * kLanes<A>);
+  for (int64_t k = 0; k < K; k += M::kDepth, a += step * M::kDepth) {
     typename M::Value value[kRows];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) value[r] = M::value(a + r * lda + k);
+    for (int r = 0; r < kRows; ++r) value[r] = M::value(a + r * lda);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const typename M::Value weight = M::weight(panel + v * kLanes<A> * M::kDepth);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) M::accumulate(sum[r][v], value[r], weight);
     }
+    panel += kVectors * kLanes<A> * M::kDepth;
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -79,21 +85,22 @@ __attribute__((noinline)) void multiply_tile(const Operand<T>* a, int64_t lda, c
 }
 
 template <class T>
-using TileFn = void (*)(const Operand<T>*, int64_t, const T*, int64_t, Acc<T>*);
+using TileFn = void (*)(const Operand<T>*, int64_t, int64_t, const T*, int64_t, const Acc<T>*,
+                        int64_t, Acc<T>*);
 
 // multiply_tile for a number of rows known at run time, 1 to kTileRows.
 template <class T, int kVectors>
 TileFn<T> tile_for_rows(int rows) {
   constexpr int kMost = kTileRows<kVectors>;
   static constexpr TileFn<T> table[] = {
-      multiply_tile<T, kVectors, 1>,
-      multiply_tile<T, kVectors, kMost < 2 ? kMost : 2>,
-      multiply_tile<T, kVectors, kMost < 3 ? kMost : 3>,
-      multiply_tile<T, kVectors, kMost < 4 ? kMost : 4>,
-      multiply_tile<T, kVectors, kMost < 5 ? kMost : 5>,
-      multiply_tile<T, kVectors, kMost < 6 ? kMost : 6>,
-      multiply_tile<T, kVectors, kMost < 7 ? kMost : 7>,
-      multiply_tile<T, kVectors, kMost < 8 ? kMost : 8>,
+      multiply_tile<T, kVectors, 1>, multiply_tile < T, kVectors,
+      kMost < 2 ? kMost : 2 >,       multiply_tile < T, kVectors,
+      kMost < 3 ? kMost : 3 >,       multiply_tile < T, kVectors,
+      kMost < 4 ? kMost : 4 >,       multiply_tile < T, kVectors,
+      kMost < 5 ? kMost : 5 >,       multiply_tile < T, kVectors,
+      kMost < 6 ? kMost : 6 >,       multiply_tile < T, kVectors,
+      kMost < 7 ? kMost : 7 >,       multiply_tile < T, kVectors,
+      kMost < 8 ? kMost : 8 >,
   };
   return table[rows - 1];
 }
@@ -117,13 +124,14 @@ Acc<T> dot(const Operand<T>* a, const T* w, int64_t K) {
   return sum_lanes<A>(sum[0] + sum[1]);
 }
 
-// Where `w` has a row per k, `stride` apart: out[c] = sum_k a[k] * w[k * stride + c], c < columns,
-// columns <= kVectors * kLanes; the rest of out is zero.
+// Where `w` has a row per k, `stride` apart: out[c] = init[c] + sum_k a[k] * w[k * stride + c], c <
+// columns.
 template <class T, int kVectors>
 void multiply_rows(const Operand<T>* a, const T* w, int64_t stride, int64_t columns, int64_t K,
-                   Acc<T>* out) {
+                   const Acc<T>* init, Acc<T>* out) {
   using A = Acc<T>;
-  Vec<A> sum[kVectors] = {};
+  Vec<A> sum[kVectors];
+  for (int v = 0; v < kVectors; ++v) sum[v] = load(init + v * kLanes<A>);
   for (int64_t k = 0; k < K; ++k) {
     const Vec<A> value = broadcast(to_accumulation(a[k]));
     for (int v = 0; v < kVectors; ++v) {

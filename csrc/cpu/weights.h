@@ -1,7 +1,8 @@
-// A matrix of recurrent weights and its product with rows of h or of gate gradients, panel by panel,
-// packed or as it lies in memory.
+// A matrix of recurrent weights and its product with rows of h or of gate gradients, panel by
+// panel, packed or as it lies in memory.
 #pragma once
 
+#include "csrc/core/params.h"
 #include "csrc/cpu/pack.h"
 #include "csrc/cpu/workspace.h"
 
@@ -43,11 +44,18 @@ class Weights {
     }
   }
 
+  // Sums to start from: those of row r and panel p begin at first + r * row_stride + p *
+  // panel_stride.
+  struct Init {
+    const Acc<T>* first;
+    int64_t row_stride, panel_stride;
+  };
+
   // For every panel of [first_panel, last_panel) and every tile of the rows [row, row_end) of `a`:
-  // epilogue(r, rows, column, out) gets out[rows][kPanelWidth] for columns from `column` on.
+  // epilogue(r, rows, p, out) gets out[rows][kPanelWidth] for the columns of panel p.
   template <class Epilogue>
   void multiply(const Operand<T>* a, int64_t lda, int64_t row, int64_t row_end, int64_t first_panel,
-                int64_t last_panel, const Epilogue& epilogue) const {
+                int64_t last_panel, Init init, const Epilogue& epilogue) const {
     alignas(64) Acc<T> out[kTile * kPanelWidth];
     const int64_t rows = row_end - row;
     const int64_t tiles = (rows + kTile - 1) / kTile;
@@ -55,26 +63,29 @@ class Weights {
       for (int64_t tile = 0; tile < tiles; ++tile) {  // of equal height: two of 4 beat 6 and 2
         const int64_t r = row + rows * tile / tiles;
         const int height = static_cast<int>(row + rows * (tile + 1) / tiles - r);
+        const Acc<T>* start = init.first + r * init.row_stride + p * init.panel_stride;
         if (packed_)
-          tile_for_rows<T, kVectors>(height)(a + r * lda, lda, panels_ + p * panel_size(),
-                                             padded_depth<T>(K_), out);
+          tile_for_rows<T, kVectors>(height)(a + r * lda, lda, 1, panels_ + p * panel_size(),
+                                             padded_depth<T>(K_), start, init.row_stride, out);
         else
-          multiply_in_place(a + r * lda, lda, height, p * kColumns, out);
-        epilogue(r, height, p * kColumns, out);
+          multiply_in_place(a + r * lda, lda, height, p * kColumns, start, init.row_stride, out);
+        epilogue(r, height, p, out);
       }
   }
 
  private:
   int64_t panel_size() const { return kPanelWidth * padded_depth<T>(K_); }
 
-  void multiply_in_place(const Operand<T>* a, int64_t lda, int height, int64_t column, Acc<T>* out) const {
-    for (int r = 0; r < height; ++r, a += lda, out += kPanelWidth) {
+  void multiply_in_place(const Operand<T>* a, int64_t lda, int height, int64_t column,
+                         const Acc<T>* init, int64_t ldi, Acc<T>* out) const {
+    for (int r = 0; r < height; ++r, a += lda, init += ldi, out += kPanelWidth) {
       if constexpr (kLayout == Layout::rows) {
-        multiply_rows<T, kVectors>(a, weight_ + column, columns_, columns_ - column, K_, out);
+        multiply_rows<T, kVectors>(a, weight_ + column, columns_, columns_ - column, K_, init, out);
       } else {
         for (int64_t c = 0; c < kPanelWidth; ++c) {
           const int64_t j = column + c % kColumns;
-          out[c] = j < columns_ ? dot<T>(a, weight_ + (c / kColumns * columns_ + j) * K_, K_) : 0;
+          out[c] = init[c];
+          if (j < columns_) out[c] += dot<T>(a, weight_ + (c / kColumns * columns_ + j) * K_, K_);
         }
       }
     }
@@ -85,5 +96,16 @@ class Weights {
   bool packed_ = false;
   Buffer<T> panels_;
 };
+
+// The product that yields every gate of a hidden unit. An RNN has one a unit, and fills the
+// registers of a panel with neighbouring units.
+template <class T, Cell kCell>
+using GateWeights =
+    Weights<T, kCell == Cell::gru ? 3 : 4,
+            kCell == Cell::lstm || kCell == Cell::gru ? Layout::gates : Layout::transposed>;
+
+// A panel's worth of zeros, for sums that start from nothing.
+template <class A>
+alignas(64) inline constexpr A kZeros[4 * kLanes<A>] = {};
 
 }  // namespace rnn_fused::RNN_FUSED_ISA

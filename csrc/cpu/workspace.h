@@ -13,7 +13,8 @@ template <class T>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new[](bytes(size), kAlignment))) {}
+  explicit Buffer(int64_t size)
+      : data_(static_cast<T*>(::operator new[](bytes(size), kAlignment))) {}
 
   static Buffer zeros(int64_t size) {
     Buffer buffer(size);

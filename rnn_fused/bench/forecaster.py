@@ -24,7 +24,7 @@ from .workload import Case
 
 T, B, H, LAYERS = 104, 32, 64, 2  # two years of weeks; batch; units; layers
 HELD_OUT = 208  # weeks at the end that are forecast and never trained on
-NOISE_FLOOR = 1e-3  # relative difference of losses that is rounding, amplified by training
+NOISE_FLOOR = 1e-4  # relative difference of losses that is rounding, amplified by training
 
 
 @dataclass(frozen=True)

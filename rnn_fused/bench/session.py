@@ -76,7 +76,7 @@ class Session:
         )
 
     def run(self) -> None:
-        """Every chosen section in turn, then the files; WrongResultError if training went astray."""
+        """Every chosen section, then the files; WrongResultError if the loss curves part."""
         sections = {"grid": self.grid, "ragged": self.ragged, "forecaster": self.forecaster}
         self.options.output.mkdir(parents=True, exist_ok=True)
         with _threads(self.options.threads):
