@@ -8,11 +8,15 @@
 
 #include <array>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#define RNN_FUSED_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
+// A RuntimeError with exactly this message: STD_TORCH_CHECK would put the C++ file and line before it.
+#define RNN_FUSED_CHECK(condition, ...) \
+  if (!(condition)) ::rnn_fused::fail(__VA_ARGS__)
 
 namespace rnn_fused {
 
@@ -20,6 +24,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
 
 inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);

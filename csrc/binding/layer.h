@@ -1,8 +1,6 @@
 // The arguments of a layer's operators, checked and made contiguous: what both passes share.
 #pragma once
 
-#include <sstream>
-
 #include "csrc/binding/compat.h"
 #include "csrc/core/params.h"
 
@@ -25,7 +23,7 @@ inline DType parse_dtype(const std::string& cell, ScalarType type) {
     case ScalarType::Half: return DType::f16;
     default: break;
   }
-  STD_TORCH_CHECK(false, "[", cell, "] input must be float32, float64, bfloat16 or float16, got ",
+  fail("[", cell, "] input must be float32, float64, bfloat16 or float16, got ",
                   torch::headeronly::toString(type));
 }
 
