@@ -65,14 +65,10 @@ class Backward {
     for (int64_t b = rows.begin; b < rows.end; ++b) gate_gradients(d, t, b, columns, operand);
     sync();
     // The GRU's direct path h -> z * h waits in dh.
-    const typename Recurrent::Init start = kGru
-                                               ? typename Recurrent::Init{dir.dh.get(), Pp_, kPanel}
-                                               : typename Recurrent::Init{kZeros<A>, 0, 0};
-    dir.weights.multiply(operand, Kp_, rows.begin, rows.end, panels.begin, panels.end, start,
-                         [&](int64_t b, int height, int64_t panel, const A* sums) {
-                           for (int r = 0; r < height; ++r, ++b, sums += kPanel)
-                             std::copy_n(sums, kPanel, dir.dh + b * Pp_ + panel * kPanel);
-                         });
+    const typename Recurrent::To dh = {dir.dh.get(), Pp_, kPanel};
+    const typename Recurrent::From from = kGru ? typename Recurrent::From{dh.first, Pp_, kPanel}
+                                               : typename Recurrent::From{kZeros<A>, 0, 0};
+    dir.weights.multiply(operand, Kp_, rows.begin, rows.end, panels.begin, panels.end, from, dh);
   }
 
  private:
@@ -114,10 +110,7 @@ class Backward {
       }
     dir.projection.multiply(dir.dh_operand.get(), Pp_, rows.begin, rows.end, 0,
                             dir.projection.panel_count(), {kZeros<A>, 0, 0},
-                            [&](int64_t b, int height, int64_t panel, const A* sums) {
-                              for (int r = 0; r < height; ++r, ++b, sums += kPanel)
-                                std::copy_n(sums, kPanel, dir.dhidden + b * Hp_ + panel * kPanel);
-                            });
+                            {dir.dhidden.get(), Hp_, kPanel});
   }
 
   // The gates of one row, for the hidden units of `columns`. With a projection those are all of

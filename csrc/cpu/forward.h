@@ -25,6 +25,7 @@ class Forward {
     Weights<T, 4, Layout::transposed> projection;
     Buffer<Operand<T>> h[2];    // [B, Pp] read at even and at odd steps
     Buffer<Operand<T>> hidden;  // [B, Hp] o * tanh(c) before the projection
+    Buffer<A> projected;        // [B, Pp] h before it is rounded; with a projection
     Buffer<A> c;                // [B, Hp]
   };
 
@@ -59,26 +60,27 @@ class Forward {
     const int64_t first = p_.row(t);
     const Operand<T>* h = dir.h[s % 2].get();
     Operand<T>* h_next = dir.h[(s + 1) % 2].get();
-    const A* start = dir.input.at(0, t);
-    dir.weights.multiply(
-        h, Pp_, rows.begin, rows.end, panels.begin, panels.end,
-        {start, Input::kSlot, dir.input.panel_stride()},
-        [&](int64_t b, int height, int64_t panel, const A* sums) {
-          const A* input = start + panel * dir.input.panel_stride() + b * Input::kSlot;
-          for (int r = 0; r < height; ++r, ++b) {
-            activate(dir, first + b, b, panel * Gate::kColumns, sums, input, h, h_next);
-            sums += Gate::kPanelWidth;
-            input += Input::kSlot;
-          }
-        });
+    // The sums are completed where they lie. The GRU's first register, n, has no recurrent product.
+    A* slots = dir.input.at(0, t);
+    const int64_t panel_stride = dir.input.panel_stride();
+    A* sums = slots + (kGru ? kWidth : 0);
+    dir.weights.multiply(h, Pp_, rows.begin, rows.end, panels.begin, panels.end,
+                         {sums, Input::kSlot, panel_stride}, {sums, Input::kSlot, panel_stride},
+                         [&](int64_t b, int height, int64_t panel) {
+                           const A* slot = slots + panel * panel_stride + b * Input::kSlot;
+                           for (int r = 0; r < height; ++r, ++b, slot += Input::kSlot)
+                             activate(dir, first + b, b, panel * Gate::kColumns, slot, h, h_next);
+                         });
     if constexpr (kLstm)
       if (p_.projected())
-        dir.projection.multiply(dir.hidden.get(), Hp_, rows.begin, rows.end, 0,
-                                dir.projection.panel_count(), {kZeros<A>, 0, 0},
-                                [&](int64_t b, int height, int64_t panel, const A* sums) {
-                                  for (int r = 0; r < height; ++r, ++b, sums += 4 * kWidth)
-                                    emit_panel(dir, first + b, b, panel * 4 * kWidth, sums, h_next);
-                                });
+        dir.projection.multiply(
+            dir.hidden.get(), Hp_, rows.begin, rows.end, 0, dir.projection.panel_count(),
+            {kZeros<A>, 0, 0}, {dir.projected.get(), Pp_, 4 * kWidth},
+            [&](int64_t b, int height, int64_t panel) {
+              const int64_t column = panel * 4 * kWidth;
+              for (int r = 0; r < height; ++r, ++b)
+                emit_panel(dir, first + b, b, column, dir.projected + b * Pp_ + column, h_next);
+            });
     sync();
   }
 
@@ -86,7 +88,7 @@ class Forward {
   void prepare(int d) {
     Direction& dir = dir_[d];
     static_cast<ForwardDirection&>(dir) = p_.direction[d];
-    dir.input = Input(p_, dir, p_.B / schedule_.row_parts, schedule_.pack);
+    dir.input = Input(p_, dir, schedule_);
     dir.weights = Gate(dir.weight_hh, p_.H, p_.P, schedule_.pack);
     for (auto& h : dir.h) {
       h = Buffer<Operand<T>>::zeros(p_.B * Pp_);
@@ -99,21 +101,22 @@ class Forward {
         dir.projection = {dir.weight_hr, p_.P, p_.H, schedule_.pack};
         dir.projection.pack(0, dir.projection.panel_count());
         dir.hidden = Buffer<Operand<T>>::zeros(p_.B * Hp_);
+        dir.projected = Buffer<A>(p_.B * Pp_);
       }
     }
   }
 
-  // The gates of one row, for the units of one panel from `unit` on. `sums` are the
+  // The gates of one row, for the units of one panel from `unit` on; the slot holds the
   // pre-activations.
-  void activate(Direction& dir, int64_t row, int64_t b, int64_t unit, const A* sums, const A* input,
+  void activate(Direction& dir, int64_t row, int64_t b, int64_t unit, const A* slot,
                 const Operand<T>* h, Operand<T>* h_next) const {
     const int n = lanes_left<T>(p_.H - unit);
     const auto save = [&](int gate, V value) {
       store(static_cast<T*>(dir.gates) + row * p_.gates_stride + gate * p_.H + unit, value, n);
     };
     if constexpr (kLstm) {
-      LstmGates<V> a = {load(sums), load(sums + kWidth), load(sums + 2 * kWidth),
-                        load(sums + 3 * kWidth)};
+      LstmGates<V> a = {load(slot), load(slot + kWidth), load(slot + 2 * kWidth),
+                        load(slot + 3 * kWidth)};
       A* c = dir.c + b * Hp_ + unit;
       const LstmState<V> state = lstm_forward<Math<A>>(a, load(c));
       store(c, state.c);
@@ -129,8 +132,8 @@ class Forward {
       else
         emit(dir, row, b, unit, state.h, h_next);
     } else if constexpr (kGru) {
-      GruGates<V> a = {load(sums), load(sums + kWidth), load(input + 3 * kWidth),
-                       load(sums + 2 * kWidth)};
+      GruGates<V> a = {load(slot + kWidth), load(slot + 2 * kWidth), load(slot),
+                       load(slot + 3 * kWidth)};
       const V new_h = gru_forward<Math<A>>(a, load(h + b * Pp_ + unit));
       if (p_.save) {
         save(0, a.r);
@@ -142,7 +145,7 @@ class Forward {
     } else {
       alignas(64) A activated[Gate::kPanelWidth];
       for (int64_t j = 0; j < Gate::kPanelWidth; j += kWidth) {
-        const V a = load(sums + j);
+        const V a = load(slot + j);
         store(activated + j, kCell == Cell::rnn_tanh ? Math<A>::tanh(a) : Math<A>::relu(a));
       }
       emit_panel(dir, row, b, unit, activated, h_next);

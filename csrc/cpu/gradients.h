@@ -49,15 +49,11 @@ void multiply_by_weights(const InputGradientParams& p, const Host& host) {
             copy_matrix<T>(grads + r * p.stride, 1, p.K, block + r * ldk, ldk);
           a = block;
         }
-        const typename Matrix::Init start =
-            d == 0 ? typename Matrix::Init{kZeros<A>, 0, 0}
-                   : typename Matrix::Init{sum, ld, Matrix::kPanelWidth};
-        weights[d].multiply(a, kDirect ? p.stride : ldk, 0, rows, 0, panels, start,
-                            [&](int64_t r, int height, int64_t panel, const A* out) {
-                              for (int i = 0; i < height; ++i, out += Matrix::kPanelWidth)
-                                std::copy_n(out, Matrix::kPanelWidth,
-                                            sum + (r + i) * ld + panel * Matrix::kPanelWidth);
-                            });
+        const typename Matrix::To to = {sum, ld, Matrix::kPanelWidth};
+        const typename Matrix::From from =
+            d == 0 ? typename Matrix::From{kZeros<A>, 0, 0}
+                   : typename Matrix::From{sum, ld, Matrix::kPanelWidth};
+        weights[d].multiply(a, kDirect ? p.stride : ldk, 0, rows, 0, panels, from, to);
       }
       copy_back<T>(sum, ld, rows, p.I, static_cast<T*>(p.grad_input) + n * p.I);
     }
@@ -96,12 +92,11 @@ class OuterPart {
         take_right(n, depth, column);
         for (int64_t r = 0; r < count_; r += kTile) {
           const int height = static_cast<int>(std::min(kTile, count_ - r));
-          alignas(64) A out[kTile * kPanel];
           A* total = totals_ + r * ld_ + column;
           // The plain product of the accumulation type: left and right are widened.
-          tile_for_rows<A, kVectors>(height)(left_ + r * kBlock, 1, kTile, right_.get(), depth,
-                                             total, ld_, out);
-          for (int i = 0; i < height; ++i) std::copy_n(out + i * kPanel, kPanel, total + i * ld_);
+          multiply<A, kVectors>(
+              height, p_->columns - column,
+              {left_ + r * kBlock, 1, kTile, right_.get(), kPanel, depth, total, ld_, total, ld_});
         }
       }
     }

@@ -34,14 +34,16 @@ inline __attribute__((always_inline)) int64_t round_up(int64_t n, int64_t multip
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// Panel for units [unit, unit + kLanes) of kVectors gates: weight [kVectors * H, K].
+// Panel for units [unit, unit + kLanes) of kVectors gates, from gate `first` on and around: weight
+// [kVectors * H, K].
 template <class T, int kVectors>
-void pack_gates(const T* weight, int64_t H, int64_t K, int64_t unit, T* panel) {
+void pack_gates(const T* weight, int64_t H, int64_t K, int64_t unit, int first, T* panel) {
   constexpr int kWidth = kLanes<Acc<T>>;
   const int lanes = static_cast<int>(std::min<int64_t>(kWidth, H - unit));
-  for (int gate = 0; gate < kVectors; ++gate)
-    pack_lanes<T, kVectors * kWidth>(weight + (gate * H + unit) * K, K, lanes, K, gate * kWidth,
-                                     panel);
+  for (int v = 0; v < kVectors; ++v) {
+    const T* rows = weight + ((v + first) % kVectors * H + unit) * K;
+    pack_lanes<T, kVectors * kWidth>(rows, K, lanes, K, v * kWidth, panel);
+  }
 }
 
 // Panel for output columns [column, column + kVectors * kLanes) of a @ weight.T: weight [columns,

@@ -80,12 +80,17 @@ inline Vec<float> load(const bf16* p) {
   return bit_cast<Vec<float>>(__builtin_convertvector(load_as<U16>(p), U32) << 16);
 }
 
+#if defined(__AVX512BF16__)
+// Flushes subnormal values to zero, as the products of this instruction set do.
+inline void store(bf16* p, Vec<float> v) { store_as(p, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
+#else
 inline void store(bf16* p, Vec<float> v) {
   const U32 bits = bit_cast<U32>(v);
   const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const U32 quiet_nan = (bits >> 16) | 0x40;
   store_as(p, __builtin_convertvector(v == v ? rounded : quiet_nan, U16));
 }
+#endif
 
 #if defined(__AVX512F__)
 inline Vec<float> load(const f16* p) {

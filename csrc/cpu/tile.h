@@ -5,6 +5,8 @@
 // one product a unit (backward, RNN, projection) they are kVectors * kLanes neighbouring columns.
 #pragma once
 
+#include <utility>
+
 #include "csrc/cpu/simd.h"
 
 namespace rnn_fused::RNN_FUSED_ISA {
@@ -51,58 +53,66 @@ template <int kVectors>
 constexpr int kTileRows =
     RNN_FUSED_VECTOR_BYTES == 64 ? (kVectors == 4 ? 6 : 8) : (kVectors == 4 ? 2 : 3);
 
-// out[r][c] = init[r * ldi + c] + sum_k a[r * lda + k * step] * panel(k, c), c < kVectors * kLanes,
-// K a multiple of kDepth, step 1 where kDepth is not. Every sum runs over k in the same order
-// whatever the height of the tile, so that a sequence's result does not depend on the rest of the
-// batch or on the number of threads.
+// out[r * ldo + c] = init[r * ldi + c] + sum_k a[r * lda + k * step] * panel(k, c). Every sum runs
+// over k in the same order whatever the height of the tile, so that a sequence's result does not
+// depend on the rest of the batch or on the number of threads.
+template <class T>
+struct Tile {
+  const Operand<T>* a;
+  int64_t lda, step;  // step is 1 where kDepth is not
+  const T* panel;
+  int64_t ldp;  // columns of the panel: at least those of the tile
+  int64_t K;    // a multiple of kDepth
+  const Acc<T>* init;
+  int64_t ldi;
+  Acc<T>* out;  // may be init
+  int64_t ldo;
+};
+
 template <class T, int kVectors, int kRows>
-__attribute__((noinline)) void multiply_tile(const Operand<T>* a, int64_t lda, int64_t step,
-                                             const T* panel, int64_t K, const Acc<T>* init,
-                                             int64_t ldi, Acc<T>* out) {
+__attribute__((noinline)) void multiply_tile(const Tile<T>& t) {
   using A = Acc<T>;
   using M = Product<T>;
+  const Operand<T>* a = t.a;
+  const T* w = t.panel;
+  const int64_t lda = t.lda, step = t.step * M::kDepth, width = t.ldp * M::kDepth;
   Vec<A> sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(init + r * ldi + v * kLanes<A>);
-  for (int64_t k = 0; k < K; k += M::kDepth, a += step * M::kDepth) {
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(t.init + r * t.ldi + v * kLanes<A>);
+  for (int64_t k = 0; k < t.K; k += M::kDepth, a += step, w += width) {
     typename M::Value value[kRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) value[r] = M::value(a + r * lda);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      const typename M::Value weight = M::weight(panel + v * kLanes<A> * M::kDepth);
+      const typename M::Value weight = M::weight(w + v * kLanes<A> * M::kDepth);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) M::accumulate(sum[r][v], value[r], weight);
     }
-    panel += kVectors * kLanes<A> * M::kDepth;
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(out + (r * kVectors + v) * kLanes<A>, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) store(t.out + r * t.ldo + v * kLanes<A>, sum[r][v]);
 }
 
-template <class T>
-using TileFn = void (*)(const Operand<T>*, int64_t, int64_t, const T*, int64_t, const Acc<T>*,
-                        int64_t, Acc<T>*);
+template <class T, int kVectors, int... kMinusOne>
+void multiply_rows_of(int rows, const Tile<T>& tile, std::integer_sequence<int, kMinusOne...>) {
+  static constexpr void (*table[])(const Tile<T>&) = {multiply_tile<T, kVectors, kMinusOne + 1>...};
+  table[rows - 1](tile);
+}
 
-// multiply_tile for a number of rows known at run time, 1 to kTileRows.
+// For 1 to kTileRows<kVectors> rows, of which `columns` columns are wanted: a narrow tile where
+// half of the registers suffice.
 template <class T, int kVectors>
-TileFn<T> tile_for_rows(int rows) {
-  constexpr int kMost = kTileRows<kVectors>;
-  static constexpr TileFn<T> table[] = {
-      multiply_tile<T, kVectors, 1>, multiply_tile < T, kVectors,
-      kMost < 2 ? kMost : 2 >,       multiply_tile < T, kVectors,
-      kMost < 3 ? kMost : 3 >,       multiply_tile < T, kVectors,
-      kMost < 4 ? kMost : 4 >,       multiply_tile < T, kVectors,
-      kMost < 5 ? kMost : 5 >,       multiply_tile < T, kVectors,
-      kMost < 6 ? kMost : 6 >,       multiply_tile < T, kVectors,
-      kMost < 7 ? kMost : 7 >,       multiply_tile < T, kVectors,
-      kMost < 8 ? kMost : 8 >,
-  };
-  return table[rows - 1];
+void multiply(int rows, int64_t columns, const Tile<T>& tile) {
+  constexpr std::make_integer_sequence<int, kTileRows<kVectors>> heights;
+  if (kVectors == 4 && columns <= 2 * kLanes<Acc<T>>)
+    multiply_rows_of<T, kVectors == 4 ? 2 : kVectors>(rows, tile, heights);
+  else
+    multiply_rows_of<T, kVectors>(rows, tile, heights);
 }
 
 // The same products from weights as they lie in memory, for those that are computed too rarely to

@@ -1,0 +1,211 @@
+// One call of a layer with random tensors: what the kernels read and what they write.
+#pragma once
+
+#include <ostream>
+
+#include "csrc/cpu/cpu.h"
+#include "tests/cpp/storage.h"
+
+namespace rnn_fused {
+
+constexpr Cell kCells[] = {Cell::lstm, Cell::gru, Cell::rnn_tanh, Cell::rnn_relu};
+constexpr DType kDTypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
+
+struct Sizes {
+  Cell cell;
+  DType dtype;
+  int64_t T = 1, B = 1, I = 1, H = 1;
+  int64_t P = 0;  // 0: no projection
+  int directions = 1;
+  bool ragged = false;
+  bool bias = true;
+};
+
+inline std::ostream& operator<<(std::ostream& out, DType dtype) {
+  constexpr const char* kNames[] = {"f32", "f64", "bf16", "f16"};
+  return out << kNames[static_cast<int>(dtype)];
+}
+
+inline std::ostream& operator<<(std::ostream& out, const Sizes& s) {
+  constexpr const char* kNames[] = {"lstm", "gru", "rnn_tanh", "rnn_relu"};
+  return out << kNames[static_cast<int>(s.cell)] << " " << s.dtype << " T=" << s.T << " B=" << s.B
+             << " I=" << s.I << " H=" << s.H << " P=" << s.P << " D=" << s.directions
+             << (s.ragged ? " ragged" : " dense") << (s.bias ? " bias" : "");
+}
+
+struct Layer : Sizes {
+  struct Direction {
+    Array weight_ih, weight_hh, weight_hr, bias_ih, bias_hh, h0, c0;
+  };
+
+  int64_t N;                            // rows
+  std::vector<int64_t> lengths;         // [B] non-increasing
+  std::vector<int64_t> active, starts;  // [T] batch_sizes and row_start
+  Array input;                          // [N, I]
+  Direction direction[2];
+
+  Layer(const Sizes& sizes, uint64_t seed) : Sizes(sizes) {
+    Random random(seed);
+    if (!P) P = H;
+    lengths.assign(B, T);
+    if (ragged)
+      for (int64_t b = 1; b < B; ++b) lengths[b] = random.integer(1, T);
+    std::sort(lengths.rbegin(), lengths.rend());
+    N = 0;
+    for (int64_t t = 0; t < T; ++t) {
+      active.push_back(
+          std::count_if(lengths.begin(), lengths.end(), [&](auto n) { return n > t; }));
+      starts.push_back(N);
+      N += active[t];
+    }
+    const int64_t GH = gate_count(cell) * H;
+    const double bound = 1 / std::sqrt(static_cast<double>(H));
+    input = random.array(dtype, N * I, 1);
+    for (int d = 0; d < directions; ++d) {
+      direction[d] = {random.array(dtype, GH * I, bound),
+                      random.array(dtype, GH * P, bound),
+                      random.array(dtype, projected() ? P * H : 0, bound),
+                      random.array(dtype, bias ? GH : 0, bound),
+                      random.array(dtype, bias ? GH : 0, bound),
+                      random.array(dtype, B * P, 1),
+                      random.array(dtype, lstm() ? B * H : 0, 1)};
+    }
+  }
+
+  bool lstm() const { return cell == Cell::lstm; }
+  bool rnn() const { return saved_count(cell) == 1; }
+  bool projected() const { return P != H; }
+  int64_t G() const { return gate_count(cell); }
+  int64_t S() const { return saved_count(cell); }
+  // Wider than the directions need: what lies between the rows must stay as it is.
+  int64_t output_stride() const { return directions * P + 3; }
+  int64_t row(int64_t t, int64_t b) const { return starts[t] + b; }
+
+  LayerShape shape() const {
+    return {cell,
+            dtype,
+            T,
+            B,
+            H,
+            P,
+            directions,
+            ragged ? active.data() : nullptr,
+            ragged ? starts.data() : nullptr};
+  }
+
+  DirectionWeights weights(int d) const {
+    const Direction& w = direction[d];
+    return {w.weight_hh.at(0), w.weight_hr.at(0), w.bias_ih.at(0),
+            w.bias_hh.at(0),   w.h0.at(0),        w.c0.at(0)};
+  }
+};
+
+// What a forward pass leaves, in the kernel's types or, from the reference, in double.
+struct Forward {
+  struct Direction {
+    Array gates, cells;  // [N, S*H] unless an RNN, [N, H] of an LSTM; both with save only
+    Array h_n, c_n;      // [B, P], [B, H]
+    bool operator==(const Direction&) const = default;
+  };
+  Array output;  // [N, output_stride]
+  Direction direction[2];
+
+  Forward(const Layer& l, DType dtype, DType cell_dtype, bool save)
+      : output(dtype, l.N * l.output_stride()) {
+    for (int d = 0; d < l.directions; ++d)
+      direction[d] = {Array(dtype, save && !l.rnn() ? l.N * l.S() * l.H : 0),
+                      Array(cell_dtype, save && l.lstm() ? l.N * l.H : 0), Array(dtype, l.B * l.P),
+                      Array(dtype, l.lstm() ? l.B * l.H : 0)};
+  }
+  bool operator==(const Forward&) const = default;
+};
+
+// `products`: W_ih x of each direction, [N, G*H] in the layer's type, or null for the kernel to
+// multiply.
+inline Forward run_forward(Isa isa, const Layer& l, const Host& host, bool save,
+                           const Array* products = nullptr) {
+  Forward result(l, l.dtype, accumulation(l.dtype), save);
+  const int64_t GH = l.G() * l.H;
+  const int64_t gates_stride = l.rnn() ? l.output_stride() : save ? l.S() * l.H : GH;
+  ForwardParams params{l.shape(),           {},           l.input.at(0),     l.I,
+                       products != nullptr, gates_stride, l.output_stride(), save};
+  Array scratch[2];  // the pre-activations where nothing is saved
+  for (int d = 0; d < l.directions; ++d) {
+    Forward::Direction& out = result.direction[d];
+    void* const output = result.output.at(d * l.P);
+    void* gates = out.gates.at(0);
+    if (products) {
+      if (l.rnn())
+        gates = output;
+      else if (!save)
+        gates = (scratch[d] = Array(l.dtype, l.N * GH)).at(0);
+      for (int64_t n = 0; n < l.N; ++n)
+        std::memcpy(static_cast<char*>(gates) + n * gates_stride * size_of(l.dtype),
+                    products[d].at(n * GH), GH * size_of(l.dtype));
+    }
+    params.direction[d] = {
+        l.weights(d), l.direction[d].weight_ih.at(0), gates, out.cells.at(0), output, out.h_n.at(0),
+        out.c_n.at(0)};
+  }
+  cpu_forward(isa, params, host);
+  return result;
+}
+
+// The gradients that come from outside; absent ones are zero.
+struct Upstream {
+  Array output;          // [N, output_stride]
+  Array h_n[2], c_n[2];  // [B, P], [B, H]
+
+  Upstream(const Layer& l, uint64_t seed, bool absent_output = false, bool absent_state = false) {
+    Random random(seed);
+    if (!absent_output) output = random.array(l.dtype, l.N * l.output_stride(), 1);
+    for (int d = 0; d < l.directions && !absent_state; ++d) {
+      h_n[d] = random.array(l.dtype, l.B * l.P, 1);
+      c_n[d] = random.array(l.dtype, l.lstm() ? l.B * l.H : 0, 1);
+    }
+  }
+};
+
+struct Backward {
+  struct Direction {
+    Array gates;              // [N, S*H] of the pre-activations
+    Array projected, hidden;  // [N, P], [N, H] with a projection
+    Array h0, c0;             // [B, P], [B, H]
+    bool operator==(const Direction&) const = default;
+  };
+  Direction direction[2];
+
+  Backward(const Layer& l, DType dtype) {
+    for (int d = 0; d < l.directions; ++d)
+      direction[d] = {Array(dtype, l.N * l.S() * l.H), Array(dtype, l.projected() ? l.N * l.P : 0),
+                      Array(dtype, l.projected() ? l.N * l.H : 0), Array(dtype, l.B * l.P),
+                      Array(dtype, l.lstm() ? l.B * l.H : 0)};
+  }
+  bool operator==(const Backward&) const = default;
+};
+
+inline Backward run_backward(Isa isa, const Layer& l, const Host& host, const Forward& forward,
+                             const Upstream& upstream) {
+  Backward result(l, l.dtype);
+  BackwardParams params{l.shape(), {}, l.output_stride()};
+  for (int d = 0; d < l.directions; ++d) {
+    const Forward::Direction& saved = forward.direction[d];
+    Backward::Direction& out = result.direction[d];
+    params.direction[d] = {l.weights(d),
+                           saved.gates.at(0),
+                           saved.cells.at(0),
+                           forward.output.at(d * l.P),
+                           upstream.output.at(d * l.P),
+                           upstream.h_n[d].at(0),
+                           upstream.c_n[d].at(0),
+                           out.gates.at(0),
+                           out.projected.at(0),
+                           out.hidden.at(0),
+                           out.h0.at(0),
+                           out.c0.at(0)};
+  }
+  cpu_backward(isa, params, host);
+  return result;
+}
+
+}  // namespace rnn_fused

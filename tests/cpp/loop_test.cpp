@@ -1,0 +1,309 @@
+// Every loop and product of the CPU core, on every instruction set, against plain double maths.
+#include <doctest/doctest.h>
+
+#include "tests/cpp/reference.h"
+
+namespace rnn_fused {
+namespace {
+
+constexpr Host kOneThread = {nullptr, 1};
+
+std::vector<Isa> supported_isas() {
+  std::vector<Isa> isas;
+  std::copy_if(std::begin(kAllIsas), std::end(kAllIsas), std::back_inserter(isas), isa_supported);
+  return isas;
+}
+
+// Rounding errors of the type that a value may have gathered over the steps.
+double tolerance(DType dtype) { return (size_of(dtype) == 2 ? 4 : 32) * roundoff(dtype); }
+
+// What was not to be written, NaN in `expected`, must be NaN still.
+void check_close(const char* what, const Array& actual, const Array& expected, double tolerance) {
+  REQUIRE(actual.size() == expected.size());
+  double worst = 0;
+  int64_t at = 0;
+  for (int64_t i = 0; i < actual.size(); ++i) {
+    if (std::isnan(actual[i]) && std::isnan(expected[i])) continue;
+    const double error = std::abs(actual[i] - expected[i]) / std::max(1.0, std::abs(expected[i]));
+    if (error <= worst) continue;
+    worst = std::isnan(error) ? std::numeric_limits<double>::infinity() : error;
+    at = i;
+  }
+  INFO(what, "[", at, "] is ", worst / tolerance, " times the tolerance off");
+  CHECK(worst <= tolerance);
+}
+
+void check_close(const Layer& l, const Forward& actual, const Forward& expected) {
+  const double tol = tolerance(l.dtype);
+  check_close("output", actual.output, expected.output, tol);
+  for (int d = 0; d < l.directions; ++d) {
+    CAPTURE(d);
+    const Forward::Direction &a = actual.direction[d], &e = expected.direction[d];
+    check_close("gates", a.gates, e.gates, tol);
+    check_close("cells", a.cells, e.cells, tol);
+    check_close("h_n", a.h_n, e.h_n, tol);
+    check_close("c_n", a.c_n, e.c_n, tol);
+  }
+}
+
+void check_close(const Layer& l, const Backward& actual, const Backward& expected) {
+  const double tol = tolerance(l.dtype);
+  for (int d = 0; d < l.directions; ++d) {
+    CAPTURE(d);
+    const Backward::Direction &a = actual.direction[d], &e = expected.direction[d];
+    check_close("grad_gates", a.gates, e.gates, tol);
+    check_close("grad_projected", a.projected, e.projected, tol);
+    check_close("hidden", a.hidden, e.hidden, tol);
+    check_close("grad_h0", a.h0, e.h0, tol);
+    check_close("grad_c0", a.c0, e.c0, tol);
+  }
+}
+
+bool same_results(const Forward& a, const Forward& b, int directions) {
+  bool same = a.output == b.output;
+  for (int d = 0; d < directions; ++d)
+    same = same && a.direction[d].h_n == b.direction[d].h_n &&
+           a.direction[d].c_n == b.direction[d].c_n;
+  return same;
+}
+
+// The input's part of the pre-activations, rounded to `dtype`.
+struct Products {
+  Array direction[2];
+  Products(const Layer& l, DType dtype) {
+    for (int d = 0; d < l.directions; ++d) direction[d] = multiply_input(l, d, dtype);
+  }
+};
+
+void check_layer(const Sizes& sizes, uint64_t seed) {
+  CAPTURE(sizes);
+  const Layer l(sizes, seed);
+  const Products exact(l, DType::f64), rounded(l, l.dtype);
+  const Forward expected = reference_forward(l, exact.direction);
+  const Forward expected_rounded = reference_forward(l, rounded.direction);
+  const Forward saved = run_forward(Isa::portable, l, kOneThread, true);
+  const bool absent_output = seed % 3 == 1, absent_state = seed % 3 == 2;
+  const Upstream upstream(l, seed, absent_output, absent_state);
+  const Backward expected_grads = reference_backward(l, saved, upstream);
+  for (Isa isa : supported_isas()) {
+    CAPTURE(isa_name(isa));
+    {
+      INFO("the kernel multiplies the input");
+      const Forward result = run_forward(isa, l, kOneThread, true);
+      check_close(l, result, expected);
+      CHECK(same_results(result, run_forward(isa, l, kOneThread, false), l.directions));
+    }
+    {
+      INFO("the caller multiplied the input");
+      const Forward result = run_forward(isa, l, kOneThread, true, rounded.direction);
+      check_close(l, result, expected_rounded);
+      CHECK(same_results(result, run_forward(isa, l, kOneThread, false, rounded.direction),
+                         l.directions));
+    }
+    check_close(l, run_backward(isa, l, kOneThread, saved, upstream), expected_grads);
+  }
+}
+
+TEST_CASE("layers of any size equal the reference") {
+  Random random(1);
+  for (DType dtype : kDTypes)
+    for (Cell cell : kCells)
+      for (int i = 0; i < 18; ++i) {
+        Sizes s{cell, dtype, random.integer(1, 9), random.integer(1, 17)};
+        s.I = random.one_of({1, 2, 3, 7, 16, 19, 40});
+        s.H = random.one_of({1, 2, 5, 8, 13, 16, 17, 31, 33, 48, 67});
+        s.P = cell == Cell::lstm && random.coin() ? random.integer(1, s.H) : 0;
+        s.directions = static_cast<int>(random.integer(1, 2));
+        s.ragged = random.coin();
+        s.bias = random.coin();
+        check_layer(s, random.bits());
+      }
+}
+
+// So few rows that the weights are read as they lie in memory (plan.cpp).
+TEST_CASE("layers of few rows equal the reference") {
+  Random random(2);
+  for (DType dtype : kDTypes)
+    for (Cell cell : kCells)
+      for (int i = 0; i < 6; ++i) {
+        Sizes s{cell, dtype, random.integer(1, 3), random.integer(1, 3)};
+        s.I = random.one_of({1, 5, 33, 70});
+        s.H = random.one_of({1, 7, 16, 35, 67});
+        s.P = cell == Cell::lstm && random.coin() ? random.integer(1, s.H) : 0;
+        s.directions = static_cast<int>(random.integer(1, 2));
+        s.ragged = random.coin();
+        check_layer(s, random.bits());
+      }
+}
+
+// So many that the input product takes several windows of timesteps (input_product.h).
+TEST_CASE("layers of many rows equal the reference") {
+  for (DType dtype : kDTypes)
+    for (Cell cell : kCells)
+      for (bool ragged : {false, true})
+        check_layer({cell, dtype, 83, 5, 3, 67, cell == Cell::lstm && ragged ? 9 : 0, 2, ragged},
+                    5);
+}
+
+// |actual - expected| of a sum: rounding to the storage type, and `terms` roundings of the
+// accumulation type on the sum of magnitudes.
+struct Sum {
+  double value = 0, magnitude = 0;
+  void add(double x) {
+    value += x;
+    magnitude += std::abs(x);
+  }
+  bool equals(double actual, DType dtype, int64_t terms) const {
+    return std::abs(actual - value) <=
+           roundoff(dtype) * std::abs(value) +
+               static_cast<double>(terms) * roundoff(accumulation(dtype)) * magnitude;
+  }
+};
+
+TEST_CASE("the input's gradient equals the reference") {
+  Random random(3);
+  for (DType dtype : kDTypes)
+    for (int i = 0; i < 24; ++i) {
+      const int directions = static_cast<int>(random.integer(1, 2));
+      const int64_t N = random.one_of({1, 5, 11, 12, 47, 48, 49, 101});
+      const int64_t K = random.one_of({1, 2, 9, 32, 75}), I = random.one_of({1, 6, 16, 33, 64, 90});
+      const int64_t stride = K + random.one_of({0, 7});
+      Array grads[2], weights[2];
+      for (int d = 0; d < directions; ++d) {
+        grads[d] = random.array(dtype, N * stride, 1);
+        weights[d] = random.array(dtype, K * I, 1);
+      }
+      std::vector<Sum> expected(N * I);
+      for (int d = 0; d < directions; ++d)
+        for (int64_t n = 0; n < N; ++n)
+          for (int64_t k = 0; k < K; ++k)
+            for (int64_t c = 0; c < I; ++c)
+              expected[n * I + c].add(grads[d][n * stride + k] * weights[d][k * I + c]);
+      for (Isa isa : supported_isas()) {
+        Array actual(dtype, N * I);
+        cpu_input_gradient(isa,
+                           {dtype,
+                            directions,
+                            N,
+                            K,
+                            I,
+                            stride,
+                            {grads[0].at(0), grads[1].at(0)},
+                            {weights[0].at(0), weights[1].at(0)},
+                            actual.at(0)},
+                           kOneThread);
+        int64_t wrong = 0;
+        for (int64_t j = 0; j < N * I; ++j)
+          wrong += !expected[j].equals(actual[j], dtype, directions * K + 2);
+        INFO(isa_name(isa), " ", dtype, " N=", N, " K=", K, " I=", I, " D=", directions);
+        CHECK(wrong == 0);
+      }
+    }
+}
+
+TEST_CASE("outer products and the sums of rows equal the reference") {
+  Random random(4);
+  for (DType dtype : kDTypes)
+    for (int i = 0; i < 24; ++i) {
+      const int64_t N = random.one_of({0, 1, 7, 100, 255, 256, 257, 300});
+      const int64_t rows = random.one_of({1, 2, 13, 24, 50});
+      const int64_t columns = random.one_of({1, 5, 16, 33, 64, 70});
+      const int64_t stride = rows + random.one_of({0, 7});
+      const bool with_sums = random.coin();
+      const Array left = random.array(dtype, N * stride, 1);
+      const Array right = random.array(dtype, N * columns, 1);
+      std::vector<int64_t> order(N);
+      for (int64_t& n : order) n = random.integer(0, N - 1);
+      std::vector<const void*> pointers(N);
+      for (int64_t n = 0; n < N; ++n) pointers[n] = right.at(order[n] * columns);
+
+      std::vector<Sum> expected(rows * columns), expected_sums(rows);
+      for (int64_t n = 0; n < N; ++n)
+        for (int64_t r = 0; r < rows; ++r) {
+          const double value = left[n * stride + r];
+          expected_sums[r].add(value);
+          for (int64_t c = 0; c < columns; ++c)
+            expected[r * columns + c].add(value * right[order[n] * columns + c]);
+        }
+      for (Isa isa : supported_isas()) {
+        Array actual(dtype, rows * columns), sums(dtype, with_sums ? rows : 0);
+        cpu_outer_product(isa,
+                          {dtype, N, rows, columns, left.at(0), stride, pointers.data(),
+                           actual.at(0), sums.at(0)},
+                          kOneThread);
+        int64_t wrong = 0;
+        for (int64_t j = 0; j < rows * columns; ++j)
+          wrong += !expected[j].equals(actual[j], dtype, N + 2);
+        for (int64_t r = 0; r < sums.size(); ++r)
+          wrong += !expected_sums[r].equals(sums[r], dtype, N + 2);
+        INFO(isa_name(isa), " ", dtype, " N=", N, " rows=", rows, " columns=", columns);
+        CHECK(wrong == 0);
+      }
+    }
+}
+
+// The sum of all results, weighted as `upstream` says: its gradient is what the backward pass
+// computes.
+double loss(const Layer& l, const Array* products, const Upstream& upstream) {
+  const Forward result = reference_forward(l, products);
+  double sum = 0;
+  const auto add = [&](const Array& a, const Array& weight) {
+    for (int64_t i = 0; i < a.size(); ++i)
+      if (!std::isnan(a[i])) sum += a[i] * weight[i];
+  };
+  add(result.output, upstream.output);
+  for (int d = 0; d < l.directions; ++d) {
+    add(result.direction[d].h_n, upstream.h_n[d]);
+    add(result.direction[d].c_n, upstream.c_n[d]);
+  }
+  return sum;
+}
+
+TEST_CASE("the reference's gradients are the differences of its forward pass") {
+  for (Cell cell : kCells)
+    for (int64_t P : {0, 2}) {
+      if (P && cell != Cell::lstm) continue;
+      Layer l({cell, DType::f64, 3, 2, 2, 3, P, 2, true}, 6);
+      Products products(l, DType::f64);
+      const Upstream upstream(l, 7);
+      const Forward forward = reference_forward(l, products.direction);
+      const Backward grads = reference_backward(l, forward, upstream);
+      const auto check = [&](const char* what, Array& x, int64_t i, double gradient) {
+        constexpr double kStep = 1e-5;
+        const double value = x[i];
+        x.set(i, value + kStep);
+        const double above = loss(l, products.direction, upstream);
+        x.set(i, value - kStep);
+        const double below = loss(l, products.direction, upstream);
+        x.set(i, value);
+        CAPTURE(l);
+        INFO(what, "[", i, "]");
+        CHECK((above - below) / (2 * kStep) == doctest::Approx(gradient).epsilon(1e-8));
+      };
+      for (int d = 0; d < l.directions; ++d) {
+        const Backward::Direction& g = grads.direction[d];
+        Layer::Direction& w = l.direction[d];
+        const int64_t GH = l.G() * l.H, SH = l.S() * l.H;
+        for (int64_t n = 0; n < l.N; ++n)
+          for (int64_t j = 0; j < GH; ++j)
+            check("pre-activation", products.direction[d], n * GH + j, g.gates[n * SH + j]);
+        for (int64_t i = 0; i < g.h0.size(); ++i) check("h0", w.h0, i, g.h0[i]);
+        for (int64_t i = 0; i < g.c0.size(); ++i) check("c0", w.c0, i, g.c0[i]);
+        for (int64_t j = 0; j < GH; ++j) {
+          const int64_t saved = cell == Cell::gru && j >= 2 * l.H ? j + l.H : j;  // hn, not n
+          double sum = 0;
+          for (int64_t n = 0; n < l.N; ++n) sum += g.gates[n * SH + saved];
+          check("bias_hh", w.bias_hh, j, sum);
+        }
+        for (int64_t i = 0; i < w.weight_hr.size(); ++i) {
+          double sum = 0;
+          for (int64_t n = 0; n < l.N; ++n)
+            sum += g.projected[n * l.P + i / l.H] * g.hidden[n * l.H + i % l.H];
+          check("weight_hr", w.weight_hr, i, sum);
+        }
+      }
+    }
+}
+
+}  // namespace
+}  // namespace rnn_fused

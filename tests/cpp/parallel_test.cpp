@@ -1,0 +1,189 @@
+// Threads: the same bits for any number of them, and the plans that divide the work.
+#include <doctest/doctest.h>
+
+#include <array>
+#include <atomic>
+#include <numeric>
+#include <thread>
+
+#include "tests/cpp/layer.h"
+
+namespace rnn_fused {
+namespace {
+
+using Body = void (*)(void* context, int64_t begin, int64_t end);
+
+template <int kThreads>
+void on_threads(int64_t n, Body body, void* context) {
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < kThreads; ++i) {
+    const Range range = {n * i / kThreads, n * (i + 1) / kThreads};
+    if (range.begin < range.end) threads.emplace_back(body, context, range.begin, range.end);
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+// A nested parallel region.
+void as_one_range(int64_t n, Body body, void* context) { body(context, 0, n); }
+
+struct NamedHost {
+  const char* name;
+  Host host;
+};
+constexpr Host kOneThread = {as_one_range, 1};
+constexpr NamedHost kHosts[] = {
+    {"2 threads", {on_threads<2>, 2}},           {"3 threads", {on_threads<3>, 3}},
+    {"4 threads", {on_threads<4>, 4}},           {"3 asked for, 2 came", {on_threads<2>, 3}},
+    {"4 asked for, 3 came", {on_threads<3>, 4}}, {"4 asked for, nested", {as_one_range, 4}},
+};
+
+// The division of work does not depend on the instruction set: the narrowest and the best.
+std::vector<Isa> two_isas() {
+  const Isa best = selected_isa();
+  return best == Isa::portable ? std::vector{best} : std::vector{Isa::portable, best};
+}
+
+void check_same_bits(const Sizes& sizes, bool by_units) {
+  CAPTURE(sizes);
+  const Layer l(sizes, 1);
+  const Upstream upstream(l, 2);
+  for (Isa isa : two_isas()) {
+    CAPTURE(isa_name(isa));
+    const Forward forward = run_forward(isa, l, kOneThread, true);
+    const Backward backward = run_backward(isa, l, kOneThread, forward, upstream);
+    for (const auto& [name, host] : kHosts) {
+      CAPTURE(name);
+      const Plan plan = plan_layer(l.shape(), host.threads);
+      if (by_units && l.directions == host.threads) continue;  // a thread a direction is enough
+      REQUIRE((by_units ? plan.unit_parts : plan.row_parts * l.directions) > 1);
+      CHECK(run_forward(isa, l, host, true) == forward);
+      CHECK(run_backward(isa, l, host, forward, upstream) == backward);
+    }
+  }
+}
+
+TEST_CASE("threads that divide the sequences change no bit") {
+  for (DType dtype : kDTypes)
+    for (Cell cell : kCells) {
+      check_same_bits({cell, dtype, 9, 17, 5, 67, 0, 1, true}, false);
+      check_same_bits({cell, dtype, 9, 5, 40, 90}, false);
+      check_same_bits({cell, dtype, 9, 4, 5, 90, cell == Cell::lstm ? 33 : 0, 2}, false);
+    }
+}
+
+TEST_CASE("threads that divide the hidden units in lockstep change no bit") {
+  for (DType dtype : kDTypes)
+    for (Cell cell : kCells) {
+      check_same_bits({cell, dtype, 6, 1, 20, 250}, true);
+      check_same_bits({cell, dtype, 5, 1, 3, 250, 0, 2}, true);
+    }
+}
+
+TEST_CASE("threads that divide the large products change no bit") {
+  Random random(1);
+  const int64_t N = 130, K = 70, I = 50;
+  for (DType dtype : kDTypes) {
+    const Array grads = random.array(dtype, 2 * N * K, 1),
+                weights = random.array(dtype, 2 * K * I, 1);
+    const Array input = random.array(dtype, N * I, 1);
+    std::vector<const void*> rows(N);
+    for (int64_t n = 0; n < N; ++n) rows[n] = input.at(n * I);
+    for (Isa isa : two_isas()) {
+      const auto run = [&](const Host& host) {
+        std::array results = {Array(dtype, N * I), Array(dtype, K * I), Array(dtype, K)};
+        cpu_input_gradient(isa,
+                           {dtype,
+                            2,
+                            N,
+                            K,
+                            I,
+                            K,
+                            {grads.at(0), grads.at(N * K)},
+                            {weights.at(0), weights.at(K * I)},
+                            results[0].at(0)},
+                           host);
+        cpu_outer_product(
+            isa, {dtype, N, K, I, grads.at(0), K, rows.data(), results[1].at(0), results[2].at(0)},
+            host);
+        return results;
+      };
+      const auto expected = run(kOneThread);
+      for (const auto& [name, host] : kHosts) {
+        INFO(isa_name(isa), " ", dtype, ", ", name);
+        CHECK(run(host) == expected);
+      }
+    }
+  }
+}
+
+// Parts are divided over fewer threads: each arrives for those that it covers.
+TEST_CASE("a barrier lets nobody pass before all have arrived") {
+  constexpr int kPhases = 300;
+  for (const auto& [parts, threads] : {std::pair{1, 1}, {2, 2}, {4, 4}, {4, 3}, {4, 1}, {7, 3}}) {
+    CAPTURE(parts);
+    CAPTURE(threads);
+    Barrier barrier(parts);
+    std::atomic<int64_t> arrived{0}, early{0};
+    std::vector<std::thread> team;
+    for (int i = 0; i < threads; ++i)
+      team.emplace_back([&, parts = parts, own = parts * (i + 1) / threads - parts * i / threads] {
+        for (int phase = 1; phase <= kPhases; ++phase) {
+          arrived += own;
+          barrier.arrive_and_wait(own);
+          if (arrived < parts * phase) ++early;
+        }
+      });
+    for (std::thread& thread : team) thread.join();
+    CHECK(early == 0);
+    CHECK(arrived == parts * kPhases);
+  }
+}
+
+TEST_CASE("a plan divides sequences or units but never more than there are") {
+  Random random(2);
+  for (int i = 0; i < 5000; ++i) {
+    Sizes sizes{kCells[random.integer(0, 3)], DType::f32};
+    sizes.T = random.integer(1, 200);
+    sizes.B = random.integer(1, 40);
+    sizes.H = random.integer(1, 600);
+    sizes.P = sizes.cell == Cell::lstm && random.coin() ? random.integer(1, sizes.H) : sizes.H;
+    sizes.directions = static_cast<int>(random.integer(1, 2));
+    const LayerShape shape{sizes.cell, sizes.dtype,      sizes.T, sizes.B, sizes.H,
+                           sizes.P,    sizes.directions, nullptr, nullptr};
+    const int threads = static_cast<int>(random.integer(1, 9));
+    const Plan plan = plan_layer(shape, threads);
+    INFO(sizes, " on ", threads, " threads: ", plan.row_parts, " by rows, ", plan.unit_parts,
+         " by units");
+    CHECK((plan.row_parts == 1 || plan.unit_parts == 1));
+    CHECK((plan.row_parts >= 1 && plan.row_parts <= std::min<int64_t>(threads, shape.B)));
+    CHECK((plan.unit_parts == 1 || (plan.unit_parts == threads && !shape.projected())));
+    // The weights' layout may change the order of sums, so that threads must not choose it.
+    CHECK(plan.pack == plan_layer(shape, 1).pack);
+  }
+}
+
+TEST_CASE("ranges of sequences cover all and differ by less than two of the longest") {
+  for (bool ragged : {false, true})
+    for (int64_t B = 1; B <= 20; ++B)
+      for (int64_t parts = 1; parts <= B; ++parts) {
+        Sizes sizes{Cell::rnn_tanh, DType::f32, 12, B, 1, 1};
+        sizes.ragged = ragged;
+        const Layer l(sizes, static_cast<uint64_t>(B));
+        const std::vector<Range> ranges = balanced_rows(l.shape(), parts);
+        REQUIRE(static_cast<int64_t>(ranges.size()) == parts);
+        INFO("B=", B, " parts=", parts, ragged ? " ragged" : " dense");
+        int64_t end = 0;
+        for (const Range& range : ranges) {
+          CHECK(range.begin == end);
+          end = range.end;
+          const int64_t steps = std::accumulate(l.lengths.begin() + range.begin,
+                                                l.lengths.begin() + range.end, int64_t{0});
+          const double even = static_cast<double>(l.N) / static_cast<double>(parts);
+          CHECK(std::abs(static_cast<double>(steps) - even) < static_cast<double>(l.T));
+        }
+        CHECK(end == B);
+      }
+}
+
+}  // namespace
+}  // namespace rnn_fused
