@@ -14,7 +14,8 @@
 #include <tuple>
 #include <vector>
 
-// A RuntimeError with exactly this message: STD_TORCH_CHECK would put the C++ file and line before it.
+// A RuntimeError with exactly this message: STD_TORCH_CHECK would put the C++ file and line before
+// it.
 #define RNN_FUSED_CHECK(condition, ...) \
   if (!(condition)) ::rnn_fused::fail(__VA_ARGS__)
 

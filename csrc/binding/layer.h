@@ -24,7 +24,7 @@ inline DType parse_dtype(const std::string& cell, ScalarType type) {
     default: break;
   }
   fail("[", cell, "] input must be float32, float64, bfloat16 or float16, got ",
-                  torch::headeronly::toString(type));
+       torch::headeronly::toString(type));
 }
 
 inline std::string shape_string(torch::headeronly::IntHeaderOnlyArrayRef sizes) {

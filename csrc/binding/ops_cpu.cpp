@@ -22,14 +22,14 @@ const void* at(const OptionalTensor& t, int64_t offset) {
   return t ? static_cast<const char*>(t->const_data_ptr()) + offset * t->element_size() : nullptr;
 }
 
-// Who computes the large products around the loop, [N, .] by a weight of `rows` x `columns`.
-// bfloat16 has instructions that only the library uses (AMX), and it wins once a product is large.
-// Elsewhere our own are as fast, keep the pre-activations in the cache and in float, and give the
-// same bits for any number of threads.
-bool by_library(const Layer& layer, int64_t rows, int64_t columns) {
+// The large products around the loop are our own: they keep the pre-activations in the cache and in
+// float, and give the same bits for any number of threads. But bfloat16 has instructions that only
+// torch's library uses: AMX, by far the fastest, and for products over the rows AVX512-BF16.
+bool by_library(const Layer& layer, int64_t rows, int64_t columns, bool over_rows) {
   constexpr double kLargeProduct = 4e6;  // multiply-adds
   return layer.shape.dtype == DType::bf16 &&
-         static_cast<double>(layer.N) * rows * columns >= kLargeProduct;
+         static_cast<double>(layer.N) * rows * columns >= kLargeProduct &&
+         (has_amx_bf16() || (over_rows && selected_isa() == Isa::avx512_bf16));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward(
@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward(
   const std::vector<int64_t> none = {0};
   Tensor h_n = allocate(layer.input, {D, s.B, s.P});
   Tensor c_n = allocate(layer.input, layer.lstm() ? std::vector<int64_t>{D, s.B, s.H} : none);
-  const bool input_by_library = by_library(layer, GH, layer.I);
+  const bool input_by_library = by_library(layer, GH, layer.I, false);
   // The GRU's hn needs room only where it is saved; an RNN saves nothing but its output, and its
   // pre-activations can lie where that will.
   const int64_t gates_stride = layer.rnn() ? D * s.P : save ? layer.S() * s.H : GH;
@@ -106,7 +106,7 @@ std::vector<const void*> previous_h(const Layer& layer, const Tensor& output, in
 void outer_product(const Layer& layer, const Tensor& grads, int64_t offset, int64_t stride,
                    const std::vector<const void*>& right, int64_t rows, int64_t columns, void* out,
                    void* sums) {
-  if (!by_library(layer, rows, columns))
+  if (!by_library(layer, rows, columns, true))
     return cpu_outer_product(selected_isa(),
                              {layer.shape.dtype, layer.N, rows, columns, at(grads, offset), stride,
                               right.data(), out, sums},
@@ -168,7 +168,7 @@ Tensors weight_gradients(const Layer& layer, const Tensor& output, const Tensor&
 
 void input_gradient(const Layer& layer, const Tensor& grad_gates, const Tensor& grad_input) {
   const int64_t N = layer.N, GH = layer.G() * layer.shape.H, SH = layer.S() * layer.shape.H;
-  if (by_library(layer, GH, layer.I)) {
+  if (by_library(layer, GH, layer.I, false)) {
     for (int d = 0; d < layer.shape.directions; ++d)
       matmul(matrix(grad_gates, N, GH, SH, 1, d * N * SH), layer.weight_ih[d],
              matrix(grad_input, N, layer.I, layer.I), d > 0);

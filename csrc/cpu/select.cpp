@@ -4,6 +4,10 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace rnn_fused {
 
 const char* isa_name(Isa isa) {
@@ -31,6 +35,15 @@ bool isa_supported(Isa isa) {
   }
 #endif
   return isa == Isa::portable;
+}
+
+bool has_amx_bf16() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+#else
+  return false;
+#endif
 }
 
 static Isa choose() {

@@ -12,6 +12,9 @@ const char* isa_name(Isa isa);
 // Compiled into this build and runnable on this machine.
 bool isa_supported(Isa isa);
 
+// The CPU has tile instructions for bfloat16, which torch's library uses and these kernels do not.
+bool has_amx_bf16();
+
 // Throws std::invalid_argument where RNN_FUSED_CPU_ISA is unknown or not supported.
 Isa selected_isa();
 

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
@@ -172,6 +173,29 @@ inline Vec<Acc<T>> round_to(Vec<Acc<T>> v) {
 template <class A>
 inline Vec<A> broadcast(A a) {
   return a - Vec<A>{};  // a + 0 would turn -0 into 0 and cost an addition
+}
+
+// The lesser and the greater; x where that is NaN. The compiler would not use the instructions,
+// which treat the operands unequally as we want them.
+template <class V>
+inline V lesser(V limit, V x) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, Vec<float>>)
+    return (V)_mm512_maskz_min_ps(0xffff, (__m512)limit, (__m512)x);
+#elif defined(__AVX__)
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm256_min_ps((__m256)limit, (__m256)x);
+#endif
+  return limit < x ? limit : x;
+}
+template <class V>
+inline V greater(V limit, V x) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, Vec<float>>)
+    return (V)_mm512_maskz_max_ps(0xffff, (__m512)limit, (__m512)x);
+#elif defined(__AVX__)
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm256_max_ps((__m256)limit, (__m256)x);
+#endif
+  return limit > x ? limit : x;
 }
 
 template <class T>

@@ -15,7 +15,7 @@ std::vector<Isa> supported_isas() {
 }
 
 // Rounding errors of the type that a value may have gathered over the steps.
-double tolerance(DType dtype) { return (size_of(dtype) == 2 ? 4 : 32) * roundoff(dtype); }
+double tolerance(DType dtype) { return (size_of(dtype) == 2 ? 2 : 32) * roundoff(dtype); }
 
 // What was not to be written, NaN in `expected`, must be NaN still.
 void check_close(const char* what, const Array& actual, const Array& expected, double tolerance) {
@@ -40,7 +40,8 @@ void check_close(const Layer& l, const Forward& actual, const Forward& expected)
     CAPTURE(d);
     const Forward::Direction &a = actual.direction[d], &e = expected.direction[d];
     check_close("gates", a.gates, e.gates, tol);
-    check_close("cells", a.cells, e.cells, tol);
+    // c stays in float for the 16-bit types: it has the errors of h, damped, but none of its own.
+    check_close("cells", a.cells, e.cells, size_of(l.dtype) == 2 ? tol / 16 : tol);
     check_close("h_n", a.h_n, e.h_n, tol);
     check_close("c_n", a.c_n, e.c_n, tol);
   }
