@@ -4,6 +4,7 @@
 #include <ostream>
 
 #include "csrc/cpu/cpu.h"
+#include "tests/cpp/names.h"
 #include "tests/cpp/storage.h"
 
 namespace rnn_fused {
@@ -21,14 +22,8 @@ struct Sizes {
   bool bias = true;
 };
 
-inline std::ostream& operator<<(std::ostream& out, DType dtype) {
-  constexpr const char* kNames[] = {"f32", "f64", "bf16", "f16"};
-  return out << kNames[static_cast<int>(dtype)];
-}
-
 inline std::ostream& operator<<(std::ostream& out, const Sizes& s) {
-  constexpr const char* kNames[] = {"lstm", "gru", "rnn_tanh", "rnn_relu"};
-  return out << kNames[static_cast<int>(s.cell)] << " " << s.dtype << " T=" << s.T << " B=" << s.B
+  return out << toString(s.cell) << " " << toString(s.dtype) << " T=" << s.T << " B=" << s.B
              << " I=" << s.I << " H=" << s.H << " P=" << s.P << " D=" << s.directions
              << (s.ragged ? " ragged" : " dense") << (s.bias ? " bias" : "");
 }
