@@ -35,6 +35,10 @@ NOTES = (
         "torch.fx.symbolic_trace keeps modules of torch.nn whole and would trace into converted "
         "ones: use a torch.fx.Tracer whose is_leaf_module names them"
     ),
+    (
+        "an output must not be changed in place before backward (y += x, F.relu_(y)): it is saved "
+        "for the gradients, as cuDNN does; some layers of torch.nn on the CPU allow it"
+    ),
 )
 
 

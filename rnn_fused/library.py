@@ -43,6 +43,11 @@ def _fake_forward(
     cell: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # The kernels check this too, but a meta tensor among the arguments leads here instead.
+    for tensor in (hx, cx, *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr):
+        if tensor is not None and tensor.device != input.device:
+            devices = f"{input.device} and {tensor.device}"
+            raise RuntimeError(f"[{cell}] all tensors must be on one device, got {devices}")
     directions = len(weight_ih)
     hidden = weight_ih[0].shape[0] // GATES[cell]
     output = input.new_empty(*input.shape[:-1], directions * hx.shape[-1])

@@ -68,8 +68,13 @@ struct Layer {
     const bool lstm = shape.cell == Cell::lstm;
     RNN_FUSED_CHECK(!shape.projected() || (lstm && !weight_hr_.empty()), "[", name,
                     "] hx must have size H = ", shape.H, " in its last dimension, got ", shape.P);
-    RNN_FUSED_CHECK(weight_hr_.empty() || shape.projected(), "[", name,
-                    "] a projection (weight_hr) must be smaller than the hidden size ", shape.H);
+    RNN_FUSED_CHECK(
+        weight_hr_.empty() || (shape.P >= 1 && shape.P < shape.H), "[", name,
+        "] a projection (weight_hr) must have a size from 1 to less than the hidden size ", shape.H,
+        ", got ", shape.P);
+    RNN_FUSED_CHECK(bias_ih_.size() == bias_hh_.size(), "[", name,
+                    "] bias_ih and bias_hh must be given both or neither, got ", bias_ih_.size(),
+                    " and ", bias_hh_.size(), " tensors");
     RNN_FUSED_CHECK(cx_.has_value() == lstm, "[", name, "] cx must be ", lstm ? "given" : "absent");
 
     input = checked(input_, "input", input_.sizes(), "");
@@ -155,6 +160,9 @@ struct Layer {
       const int64_t* counts = batch_sizes->const_data_ptr<int64_t>();
       int64_t rows = 0;
       for (int64_t t = 0; t < shape.T; ++t) {
+        RNN_FUSED_CHECK(counts[t] <= N - rows, "[", name,
+                        "] batch_sizes must sum to the rows of input, ", N,
+                        ", got more at timestep ", t);
         RNN_FUSED_CHECK(counts[t] >= 0 && (t == 0 || counts[t] <= counts[t - 1]), "[", name,
                         "] batch_sizes must not be negative or increase, got ", counts[t],
                         " at timestep ", t);

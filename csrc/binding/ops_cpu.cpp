@@ -1,5 +1,7 @@
 // The operators on the CPU: allocate, multiply the inputs, run the loop; and, backward, the large
 // products that turn the gradients of the pre-activations into those of weights and inputs.
+#include <thread>
+
 #include "csrc/binding/layer.h"
 #include "csrc/cpu/cpu.h"
 
@@ -11,7 +13,9 @@ Host torch_threads() {
             torch::stable::parallel_for(
                 0, n, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
           },
-          static_cast<int>(torch::stable::get_num_threads())};
+          // Threads that spin at a barrier must not be more than the cores.
+          static_cast<int>(std::min(torch::stable::get_num_threads(),
+                                    std::max(1u, std::thread::hardware_concurrency())))};
 }
 
 // Element `offset` of t, or null where there is no tensor.

@@ -60,7 +60,8 @@ void multiply_by_weights(const InputGradientParams& p, const Host& host) {
   });
 }
 
-// One part's share of an outer product: some rows of the result.
+// One part's share of an outer product: some rows of the result. The sums over a block of N are
+// added up in double: N has no bound, and a chain of so many additions in float would lose digits.
 template <class T>
 class OuterPart {
   using A = Acc<T>;
@@ -78,10 +79,12 @@ class OuterPart {
         rows_(rows),
         count_(rows.end - rows.begin),
         ld_(round_up(p.columns, kPanel)),
-        totals_(Buffer<A>::zeros(count_ * ld_)),
-        sums_(Buffer<A>::zeros(round_up(count_, kWidth))),
+        several_(p.N > kBlock),
+        totals_(Buffer<double>::zeros(several_ ? count_ * ld_ : 0)),
+        sums_(Buffer<double>::zeros(count_)),
+        block_sums_(round_up(count_, kWidth)),
         left_(kBlock * round_up(count_, kTile)),
-        row_(round_up(count_, kWidth)),
+        row_(round_up(std::max(count_, p.columns), kWidth)),
         right_(kBlock * kPanel) {}
 
   void run() {
@@ -92,23 +95,42 @@ class OuterPart {
         take_right(n, depth, column);
         for (int64_t r = 0; r < count_; r += kTile) {
           const int height = static_cast<int>(std::min(kTile, count_ - r));
-          A* total = totals_ + r * ld_ + column;
+          alignas(64) A out[kTile * kPanel];
           // The plain product of the accumulation type: left and right are widened.
-          multiply<A, kVectors>(
-              height, p_->columns - column,
-              {left_ + r * kBlock, 1, kTile, right_.get(), kPanel, depth, total, ld_, total, ld_});
+          multiply<A, kVectors>(height, p_->columns - column,
+                                {left_ + r * kBlock, 1, kTile, right_.get(), kPanel, depth,
+                                 kZeros<A>, 0, out, kPanel});
+          const int64_t width = std::min(kPanel, p_->columns - column);
+          for (int i = 0; i < height; ++i) {
+            if (several_)
+              add(out + i * kPanel, width, totals_ + (r + i) * ld_ + column);
+            else
+              copy_back<T>(out + i * kPanel, 0, 1, width, result(r + i) + column);
+          }
         }
       }
     }
-    copy_back<T>(totals_.get(), ld_, count_, p_->columns,
-                 static_cast<T*>(p_->out) + rows_.begin * p_->columns);
-    if (p_->sums) copy_back<T>(sums_.get(), 0, 1, count_, static_cast<T*>(p_->sums) + rows_.begin);
+    for (int64_t r = 0; several_ && r < count_; ++r)
+      round(totals_ + r * ld_, p_->columns, result(r));
+    if (p_->sums) round(sums_.get(), count_, static_cast<T*>(p_->sums) + rows_.begin);
   }
 
  private:
+  T* result(int64_t r) const { return static_cast<T*>(p_->out) + (rows_.begin + r) * p_->columns; }
+
+  static void add(const A* block, int64_t size, double* total) {
+    for (int64_t i = 0; i < size; ++i) total[i] += block[i];
+  }
+
+  void round(const double* total, int64_t size, T* out) const {
+    for (int64_t i = 0; i < size; ++i) row_[i] = static_cast<A>(total[i]);
+    copy_back<T>(row_.get(), 0, 1, size, out);
+  }
+
   // left_ [tiles, depth, kTile]: what a tile reads lies together. Rows of `left` are often a power
   // of two apart, and would evict each other from the cache.
   void take_left(int64_t n, int64_t depth) {
+    std::fill_n(block_sums_.get(), round_up(count_, kWidth), A{});
     for (int64_t k = 0; k < depth; ++k) {
       const T* source = static_cast<const T*>(p_->left) + (n + k) * p_->left_stride + rows_.begin;
       const A* row;
@@ -121,13 +143,14 @@ class OuterPart {
       if (p_->sums)
         for (int64_t c = 0; c < count_; c += kWidth) {
           const int lanes = lanes_left<A>(count_ - c);
-          store(sums_ + c, load(sums_ + c) + load(row + c, lanes));
+          store(block_sums_ + c, load(block_sums_ + c) + load(row + c, lanes));
         }
       int64_t r = 0;
       for (; r + kTile <= count_; r += kTile)
         std::memcpy(left_ + r * kBlock + k * kTile, row + r, kTile * sizeof(A));
       std::copy_n(row + r, count_ - r, left_ + r * kBlock + k * kTile);
     }
+    add(block_sums_.get(), count_, sums_.get());
   }
 
   // right_ [depth, kPanel], zeros beyond the last column.
@@ -144,7 +167,9 @@ class OuterPart {
   const OuterProductParams* p_ = nullptr;
   Range rows_{};
   int64_t count_ = 0, ld_ = 0;
-  Buffer<A> totals_, sums_, left_, row_, right_;
+  bool several_ = false;  // blocks
+  Buffer<double> totals_, sums_;
+  Buffer<A> block_sums_, left_, row_, right_;
 };
 
 // Every part owns some rows of the result, so that the sums over N run in one order.

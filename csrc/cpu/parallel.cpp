@@ -6,7 +6,7 @@ namespace rnn_fused {
 
 namespace {
 
-constexpr int kSpins = 4000;  // some 50 us: a few times the longest step that is worth a barrier
+constexpr int kSpins = 1000;  // some 10 to 40 us, about the longest step that needs a barrier
 
 void pause() {
 #if defined(__x86_64__)

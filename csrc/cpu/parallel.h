@@ -12,8 +12,9 @@ struct Range {
 };
 
 // The caller's threads. parallel_for runs body(context, begin, end) over disjoint ranges that cover
-// [0, n). All ranges may run on one thread, one after the other or as one (nested parallelism); a
-// range that waits for another may rely on that one's thread being there.
+// [0, n): on as many threads as there are ranges, at the same time, so that ranges may wait for
+// each other; or all of [0, n) as one range, where parallelism is nested or there are no more
+// threads.
 struct Host {
   void (*parallel_for)(int64_t n, void (*body)(void* context, int64_t begin, int64_t end),
                        void* context);

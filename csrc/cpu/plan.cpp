@@ -9,6 +9,7 @@ Plan plan_layer(const LayerShape& s, int threads) {
   constexpr double kRowsToRepayPacking = 12;
   constexpr double kStepToRepayBarrier = 60e3;
   constexpr double kWorkToRepayThreads = 300e3;
+  constexpr int64_t kUnitsOfAPart = 64;  // fewer leave parts without a panel, which only wait
 
   Plan plan;
   plan.pack = static_cast<double>(s.T) * s.B >= kRowsToRepayPacking;
@@ -19,7 +20,7 @@ Plan plan_layer(const LayerShape& s, int threads) {
   // The directions run side by side, so that each wants half of an even number of threads.
   const int64_t wanted = s.directions == 2 && threads % 2 == 0 ? threads / 2 : threads;
   if (s.B < wanted && !s.projected() && step >= kStepToRepayBarrier)
-    plan.unit_parts = threads;
+    plan.unit_parts = std::clamp<int64_t>(s.H / kUnitsOfAPart, 1, threads);
   else
     plan.row_parts = std::min<int64_t>(wanted, s.B);
   return plan;

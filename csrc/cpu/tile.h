@@ -55,7 +55,8 @@ constexpr int kTileRows =
 
 // out[r * ldo + c] = init[r * ldi + c] + sum_k a[r * lda + k * step] * panel(k, c). Every sum runs
 // over k in the same order whatever the height of the tile, so that a sequence's result does not
-// depend on the rest of the batch or on the number of threads.
+// depend on the rest of the batch or on the number of threads. (Calls too small to repay packing
+// sum in another order: `dot`.)
 template <class T>
 struct Tile {
   const Operand<T>* a;

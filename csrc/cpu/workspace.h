@@ -23,6 +23,7 @@ class Buffer {
   }
 
   T* get() const { return data_.get(); }
+  T& operator[](int64_t i) const { return data_.get()[i]; }
   T* operator+(int64_t offset) const { return data_.get() + offset; }
 
  private:
