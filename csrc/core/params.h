@@ -97,7 +97,7 @@ struct BackwardParams : LayerShape {
   int64_t output_stride;  // elements between rows of output and grad_output
 };
 
-// dx = sum over directions of grad_gates[:, :K] @ weight_ih.
+// dx = sum over directions of grad_gates[:, :K] @ weight_ih. N at least 1.
 struct InputGradientParams {
   DType dtype;
   int directions;
@@ -109,6 +109,7 @@ struct InputGradientParams {
 };
 
 // out = left.T @ right, a weight's gradient, and where asked for the sums of left's rows, a bias's.
+// N at least 1.
 struct OuterProductParams {
   DType dtype;
   int64_t N, rows, columns;

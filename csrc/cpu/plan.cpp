@@ -19,8 +19,9 @@ Plan plan_layer(const LayerShape& s, int threads) {
 
   // The directions run side by side, so that each wants half of an even number of threads.
   const int64_t wanted = s.directions == 2 && threads % 2 == 0 ? threads / 2 : threads;
-  if (s.B < wanted && !s.projected() && step >= kStepToRepayBarrier)
-    plan.unit_parts = std::clamp<int64_t>(s.H / kUnitsOfAPart, 1, threads);
+  const int64_t unit_parts = std::clamp<int64_t>(s.H / kUnitsOfAPart, 1, threads);
+  if (s.B < wanted && unit_parts > s.B && !s.projected() && step >= kStepToRepayBarrier)
+    plan.unit_parts = unit_parts;
   else
     plan.row_parts = std::min<int64_t>(wanted, s.B);
   return plan;
