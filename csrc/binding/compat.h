@@ -16,8 +16,10 @@
 
 // A RuntimeError with exactly this message: STD_TORCH_CHECK would put the C++ file and line before
 // it.
-#define RNN_FUSED_CHECK(condition, ...) \
-  if (!(condition)) ::rnn_fused::fail(__VA_ARGS__)
+#define RNN_FUSED_CHECK(condition, ...)               \
+  do {                                                \
+    if (!(condition)) ::rnn_fused::fail(__VA_ARGS__); \
+  } while (false)
 
 namespace rnn_fused {
 

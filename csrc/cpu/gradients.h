@@ -8,7 +8,6 @@ namespace rnn_fused::RNN_FUSED_ISA {
 
 // As many parts as threads, unless the work does not repay waking them.
 inline int64_t parts_of(const Host& host, double multiply_adds) {
-  constexpr double kWorkToRepayThreads = 300e3;
   return multiply_adds < kWorkToRepayThreads ? 1 : host.threads;
 }
 
@@ -18,7 +17,6 @@ void multiply_by_weights(const InputGradientParams& p, const Host& host) {
   using Matrix = Weights<T, 4, Layout::rows>;
   constexpr int64_t kBlock = 48;  // rows whose gate gradients stay in the cache for every panel
   constexpr bool kDirect = std::is_same_v<Operand<T>, T> && Product<T>::kDepth == 1;
-  constexpr int64_t kRowsToRepayPacking = 12;
 
   const int64_t ldk = padded_depth<T>(p.K);
   const int64_t parts = parts_of(host, static_cast<double>(p.N) * p.K * p.I * p.directions);

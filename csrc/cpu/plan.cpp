@@ -6,9 +6,7 @@ namespace rnn_fused {
 
 Plan plan_layer(const LayerShape& s, int threads) {
   // Measured: docs/performance.md. Work is counted in multiply-adds of the recurrent product.
-  constexpr double kRowsToRepayPacking = 12;
   constexpr double kStepToRepayBarrier = 60e3;
-  constexpr double kWorkToRepayThreads = 300e3;
   constexpr int64_t kUnitsOfAPart = 64;  // fewer leave parts without a panel, which only wait
 
   Plan plan;

@@ -8,6 +8,10 @@
 
 namespace rnn_fused {
 
+// Measured: docs/performance.md.
+constexpr double kRowsToRepayPacking = 12;     // rows that weights multiply
+constexpr double kWorkToRepayThreads = 300e3;  // multiply-adds
+
 struct Plan {
   bool pack = false;  // rearrange the recurrent weights before the loop
   // Either the sequences of each direction are divided, and no thread waits for another, or the
