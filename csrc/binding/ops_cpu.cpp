@@ -27,13 +27,12 @@ const void* at(const OptionalTensor& t, int64_t offset) {
 }
 
 // The large products around the loop are our own: they keep the pre-activations in the cache and in
-// float, and give the same bits for any number of threads. But bfloat16 has instructions that only
-// torch's library uses: AMX, by far the fastest, and for products over the rows AVX512-BF16.
-bool by_library(const Layer& layer, int64_t rows, int64_t columns, bool over_rows) {
+// float, and give the same bits for any number of threads. But only torch's library uses AMX, by
+// far the fastest for bfloat16.
+bool by_library(const Layer& layer, int64_t rows, int64_t columns) {
   constexpr double kLargeProduct = 4e6;  // multiply-adds
   return layer.shape.dtype == DType::bf16 &&
-         static_cast<double>(layer.N) * rows * columns >= kLargeProduct &&
-         (has_amx_bf16() || (over_rows && selected_isa() == Isa::avx512_bf16));
+         static_cast<double>(layer.N) * rows * columns >= kLargeProduct && has_amx_bf16();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward(
@@ -49,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward(
   const std::vector<int64_t> none = {0};
   Tensor h_n = allocate(layer.input, {D, s.B, s.P});
   Tensor c_n = allocate(layer.input, layer.lstm() ? std::vector<int64_t>{D, s.B, s.H} : none);
-  const bool input_by_library = by_library(layer, GH, layer.I, false);
+  const bool input_by_library = by_library(layer, GH, layer.I);
   // The GRU's hn needs room only where it is saved; an RNN saves nothing but its output, and its
   // pre-activations can lie where that will.
   const int64_t gates_stride = layer.rnn() ? D * s.P : save ? layer.S() * s.H : GH;
@@ -84,84 +83,112 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward(
   return {output, h_n, c_n, gates, cells};
 }
 
-// Pointers to the rows of a matrix.
-std::vector<const void*> rows_of(const Tensor& t, int64_t rows, int64_t stride) {
-  std::vector<const void*> pointers(rows);
-  for (int64_t n = 0; n < rows; ++n) pointers[n] = at(t, n * stride);
+// What a weight was multiplied with: N rows, anywhere in memory.
+using Rows = std::vector<const void*>;
+
+Rows rows_of(const void* first, int64_t rows, int64_t bytes) {
+  Rows pointers(rows);
+  for (int64_t n = 0; n < rows; ++n) pointers[n] = static_cast<const char*>(first) + n * bytes;
   return pointers;
 }
 
-// Pointers to h before each row's step, what W_hh was multiplied with.
-std::vector<const void*> previous_h(const Layer& layer, const Tensor& output, int d) {
+// h before each row's step, what W_hh was multiplied with.
+Rows previous_h(const Layer& layer, const Tensor& output, int d) {
   const LayerShape& s = layer.shape;
-  std::vector<const void*> pointers(layer.N);
+  const int64_t bytes = s.P * output.element_size();
+  const char* initial = static_cast<const char*>(layer.hx.const_data_ptr()) + d * s.B * bytes;
+  const char* outputs = static_cast<const char*>(output.const_data_ptr()) + d * bytes;
+  Rows pointers(layer.N);
   for (int64_t t = 0; t < s.T; ++t) {
     const int64_t before = d == 0 ? t - 1 : t + 1;
     const int64_t known = before < 0 || before >= s.T ? 0 : std::min(s.active(t), s.active(before));
     for (int64_t b = 0; b < s.active(t); ++b)
-      pointers[s.row(t) + b] = b < known ? at(output, ((s.row(before) + b) * layer.D() + d) * s.P)
-                                         : at(layer.hx, (d * s.B + b) * s.P);
+      pointers[s.row(t) + b] =
+          b < known ? outputs + (s.row(before) + b) * layer.D() * bytes : initial + b * bytes;
   }
   return pointers;
 }
 
-// left[:, :rows].T @ right, with left `offset` elements into `grads`; optionally the sums of left's
-// rows.
+// right[i].out = left[:, :rows].T @ right[i], with left `offset` elements into `grads`; where asked
+// for, also the sums of left's rows.
 void outer_product(const Layer& layer, const Tensor& grads, int64_t offset, int64_t stride,
-                   const std::vector<const void*>& right, int64_t rows, int64_t columns, void* out,
-                   void* sums) {
-  if (!by_library(layer, rows, columns, true))
-    return cpu_outer_product(selected_isa(),
-                             {layer.shape.dtype, layer.N, rows, columns, at(grads, offset), stride,
-                              right.data(), out, sums},
-                             torch_threads());
-  Tensor gathered = allocate(layer.input, {layer.N, columns});
-  const int64_t bytes = columns * grads.element_size();
-  for (int64_t n = 0; n < layer.N; ++n) std::memcpy(at(gathered, n * columns), right[n], bytes);
-  Tensor result = allocate(layer.input, {rows, columns});
-  matmul(matrix(grads, rows, layer.N, 1, stride, offset), gathered, result);
-  std::memcpy(out, at(result, 0), rows * bytes);
-  if (!sums) return;
+                   int64_t rows, std::array<OuterProductParams::Right, 2> right,
+                   std::array<void*, 2> sums = {}) {
+  if (!by_library(layer, rows, right[0].columns + right[1].columns)) {
+    cpu_outer_product(selected_isa(),
+                      {layer.shape.dtype,
+                       layer.N,
+                       rows,
+                       at(grads, offset),
+                       stride,
+                       {right[0], right[1]},
+                       {sums[0], sums[1]}},
+                      torch_threads());
+    return;
+  }
+  for (const auto& [row, columns, out] : right) {
+    if (columns == 0) continue;
+    const int64_t bytes = columns * grads.element_size();
+    Tensor gathered = allocate(layer.input, {layer.N, columns});
+    for (int64_t n = 0; n < layer.N; ++n) std::memcpy(at(gathered, n * columns), row[n], bytes);
+    Tensor result = allocate(layer.input, {rows, columns});
+    matmul(matrix(grads, rows, layer.N, 1, stride, offset), gathered, result);
+    std::memcpy(out, at(result, 0), rows * bytes);
+  }
+  if (!sums[0]) return;
   Tensor total = allocate(layer.input, {rows});
   const int64_t dim = 0;
   torch::stable::sum_out(total, matrix(grads, layer.N, rows, stride, 1, offset), {{&dim, 1}});
-  std::memcpy(sums, at(total, 0), rows * grads.element_size());
+  for (void* out : sums)
+    if (out) std::memcpy(out, at(total, 0), rows * grads.element_size());
 }
 
 // The gradients of weights and biases, in the order of the operator's arguments.
 Tensors weight_gradients(const Layer& layer, const Tensor& output, const Tensor& grad_gates,
                          const Tensor& grad_projected, const Tensor& hidden) {
   const LayerShape& s = layer.shape;
-  const int64_t N = layer.N, H = s.H, GH = layer.G() * H, SH = layer.S() * H;
+  const int64_t N = layer.N, I = layer.I, H = s.H, P = s.P, GH = layer.G() * H, SH = layer.S() * H;
+  const int64_t size = layer.input.element_size();
   const bool bias = !layer.bias_ih.empty();
   Tensors grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_hr;
-  const std::vector<const void*> x = rows_of(layer.input, N, layer.I);
+  const Rows x = rows_of(layer.input.const_data_ptr(), N, I * size);
   for (int d = 0; d < s.directions; ++d) {
-    grad_ih.push_back(allocate(layer.input, {GH, layer.I}));
-    grad_hh.push_back(allocate(layer.input, {GH, s.P}));
+    grad_ih.push_back(allocate(layer.input, {GH, I}));
+    grad_hh.push_back(allocate(layer.input, {GH, P}));
     if (bias) {
       grad_bias_ih.push_back(allocate(layer.input, {GH}));
       grad_bias_hh.push_back(allocate(layer.input, {GH}));
     }
-    const auto sums = [&](const Tensors& list, int64_t row) {
-      return bias ? at(list.back(), row) : nullptr;
-    };
-    const int64_t origin = d * N * SH;
-    outer_product(layer, grad_gates, origin, SH, x, GH, layer.I, at(grad_ih.back(), 0),
-                  sums(grad_bias_ih, 0));
-    // The GRU's hn lies behind n: two products instead of one.
-    const std::vector<const void*> h = previous_h(layer, output, d);
-    const int64_t joint = s.cell == Cell::gru ? 2 * H : GH;
-    outer_product(layer, grad_gates, origin, SH, h, joint, s.P, at(grad_hh.back(), 0),
-                  sums(grad_bias_hh, 0));
-    if (joint < GH)
-      outer_product(layer, grad_gates, origin + 3 * H, SH, h, H, s.P,
-                    at(grad_hh.back(), joint * s.P), sums(grad_bias_hh, joint));
+    if (N > 0) {
+      const Rows h = previous_h(layer, output, d);
+      // From one row of the weights on.
+      const auto ih = [&](int64_t row) -> OuterProductParams::Right {
+        return {x.data(), I, at(grad_ih.back(), row * I)};
+      };
+      const auto hh = [&](int64_t row) -> OuterProductParams::Right {
+        return {h.data(), P, at(grad_hh.back(), row * P)};
+      };
+      const auto sums = [&](const Tensors& list, int64_t row) {
+        return bias ? at(list.back(), row) : nullptr;
+      };
+      const int64_t origin = d * N * SH;
+      // n and hn of the GRU: one belongs to W_ih, the other to W_hh.
+      const int64_t joint = s.cell == Cell::gru ? 2 * H : GH;
+      outer_product(layer, grad_gates, origin, SH, joint, {ih(0), hh(0)},
+                    {sums(grad_bias_ih, 0), sums(grad_bias_hh, 0)});
+      if (joint < GH) {
+        outer_product(layer, grad_gates, origin + joint, SH, H, {ih(joint)},
+                      {sums(grad_bias_ih, joint)});
+        outer_product(layer, grad_gates, origin + joint + H, SH, H, {hh(joint)},
+                      {sums(grad_bias_hh, joint)});
+      }
+    }
     if (s.projected()) {
-      grad_hr.push_back(allocate(layer.input, {s.P, H}));
-      const auto rows = rows_of(matrix(hidden, N, H, H, 1, d * N * H), N, H);
-      outer_product(layer, grad_projected, d * N * s.P, s.P, rows, s.P, H, at(grad_hr.back(), 0),
-                    nullptr);
+      grad_hr.push_back(allocate(layer.input, {P, H}));
+      const Rows rows = rows_of(at(hidden, d * N * H), N, H * size);
+      if (N > 0)
+        outer_product(layer, grad_projected, d * N * P, P, P,
+                      {{{rows.data(), H, at(grad_hr.back(), 0)}}});
     }
   }
   Tensors all;
@@ -172,7 +199,7 @@ Tensors weight_gradients(const Layer& layer, const Tensor& output, const Tensor&
 
 void input_gradient(const Layer& layer, const Tensor& grad_gates, const Tensor& grad_input) {
   const int64_t N = layer.N, GH = layer.G() * layer.shape.H, SH = layer.S() * layer.shape.H;
-  if (by_library(layer, GH, layer.I, false)) {
+  if (by_library(layer, GH, layer.I)) {
     for (int d = 0; d < layer.shape.directions; ++d)
       matmul(matrix(grad_gates, N, GH, SH, 1, d * N * SH), layer.weight_ih[d],
              matrix(grad_input, N, layer.I, layer.I), d > 0);

@@ -108,16 +108,21 @@ struct InputGradientParams {
   void* grad_input;           // [N, I]
 };
 
-// out = left.T @ right, a weight's gradient, and where asked for the sums of left's rows, a bias's.
-// N at least 1.
+// right[i].out = left.T @ right[i], the gradients of one or two weights, and where asked for the
+// sums of left's rows, the gradients of biases. N at least 1.
 struct OuterProductParams {
+  struct Right {
+    const void* const* row;  // N pointers to rows of `columns`
+    int64_t columns;         // 0 where there is no second one
+    void* out;               // [rows, columns]
+  };
+
   DType dtype;
-  int64_t N, rows, columns;
+  int64_t N, rows;
   const void* left;  // [N, left_stride], of which the first `rows` columns count
   int64_t left_stride;
-  const void* const* right;  // N pointers to rows of `columns`
-  void* out;                 // [rows, columns]
-  void* sums;                // [rows] or null
+  Right right[2];
+  void* sums[2];  // [rows] or null; the second only with the first
 };
 
 }  // namespace rnn_fused

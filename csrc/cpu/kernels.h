@@ -3,7 +3,8 @@
 
 #include "csrc/cpu/backward.h"
 #include "csrc/cpu/forward.h"
-#include "csrc/cpu/gradients.h"
+#include "csrc/cpu/input_gradient.h"
+#include "csrc/cpu/outer_product.h"
 
 namespace rnn_fused::RNN_FUSED_ISA {
 

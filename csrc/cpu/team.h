@@ -16,6 +16,11 @@ void parallel_for(const Host& host, int64_t n, const Body& body) {
     host.parallel_for(n, call, const_cast<void*>(static_cast<const void*>(&body)));
 }
 
+// As many parts as threads, unless the work does not repay waking them.
+inline int64_t parts_of(const Host& host, double multiply_adds) {
+  return multiply_adds < kWorkToRepayThreads ? 1 : host.threads;
+}
+
 // loop.pack(direction, panels) rearranges weights; loop.step(direction, s, rows, panels, sync)
 // computes step s and calls sync() once, to wait for the others that work on the same sequences.
 template <class Loop>

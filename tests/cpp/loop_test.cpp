@@ -1,6 +1,8 @@
 // Every loop and product of the CPU core, on every instruction set, against plain double maths.
 #include <doctest/doctest.h>
 
+#include <array>
+
 #include "tests/cpp/reference.h"
 
 namespace rnn_fused {
@@ -231,8 +233,9 @@ struct Sum {
     magnitude += std::abs(x);
   }
   bool equals(double actual, DType dtype, int64_t terms) const {
+    const double subnormal = dtype == DType::f16 ? 0x1p-25 : 0;  // half of the smallest
     return std::abs(actual - value) <=
-           roundoff(dtype) * std::abs(value) +
+           subnormal + roundoff(dtype) * std::abs(value) +
                static_cast<double>(terms) * roundoff(accumulation(dtype)) * magnitude;
   }
 };
@@ -282,38 +285,56 @@ TEST_CASE("outer products and the sums of rows equal the reference") {
   Random random(4);
   for (DType dtype : kDTypes)
     for (int i = 0; i < 24; ++i) {
-      const int64_t N = random.one_of({1, 7, 100, 255, 256, 257, 300, 700});
+      const int64_t N = random.one_of({1, 7, 8, 9, 100, 255, 256, 257, 300, 1023, 1025, 2100});
       const int64_t rows = random.one_of({1, 2, 13, 24, 50});
-      const int64_t columns = random.one_of({1, 5, 16, 33, 64, 70});
+      const int64_t columns[2] = {random.one_of({1, 5, 16, 33, 64, 70}),
+                                  random.one_of({0, 1, 16, 20, 48})};
       const int64_t stride = rows + random.one_of({0, 7});
-      const bool with_sums = random.coin();
+      const int64_t bias_count = random.integer(0, 2);
       const Array left = random.array(dtype, N * stride, 1);
-      const Array right = random.array(dtype, N * columns, 1);
-      std::vector<int64_t> order(N);
-      for (int64_t& n : order) n = random.integer(0, N - 1);
-      std::vector<const void*> pointers(N);
-      for (int64_t n = 0; n < N; ++n) pointers[n] = right.at(order[n] * columns);
+      std::vector<Sum> expected_sums(rows);
+      for (int64_t j = 0; j < N * rows; ++j)
+        expected_sums[j % rows].add(left[j / rows * stride + j % rows]);
 
-      std::vector<Sum> expected(rows * columns), expected_sums(rows);
-      for (int64_t n = 0; n < N; ++n)
-        for (int64_t r = 0; r < rows; ++r) {
-          const double value = left[n * stride + r];
-          expected_sums[r].add(value);
-          for (int64_t c = 0; c < columns; ++c)
-            expected[r * columns + c].add(value * right[order[n] * columns + c]);
+      std::array<Array, 2> right;
+      std::array<std::vector<const void*>, 2> pointers;
+      std::array<std::vector<Sum>, 2> expected;
+      for (int i = 0; i < 2; ++i) {
+        right[i] = random.array(dtype, N * columns[i], 1);
+        expected[i].resize(rows * columns[i]);
+        for (int64_t n = 0; n < N; ++n) {
+          const int64_t other = random.integer(0, N - 1);
+          pointers[i].push_back(right[i].at(other * columns[i]));
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t c = 0; c < columns[i]; ++c)
+              expected[i][r * columns[i] + c].add(double(left[n * stride + r]) *
+                                                  right[i][other * columns[i] + c]);
         }
+      }
       for (Isa isa : supported_isas()) {
-        Array actual(dtype, rows * columns), sums(dtype, with_sums ? rows : 0);
+        std::array<Array, 2> actual, sums;
+        for (int i = 0; i < 2; ++i) {
+          actual[i] = Array(dtype, rows * columns[i]);
+          sums[i] = Array(dtype, i < bias_count ? rows : 0);
+        }
         cpu_outer_product(isa,
-                          {dtype, N, rows, columns, left.at(0), stride, pointers.data(),
-                           actual.at(0), sums.at(0)},
+                          {dtype,
+                           N,
+                           rows,
+                           left.at(0),
+                           stride,
+                           {{pointers[0].data(), columns[0], actual[0].at(0)},
+                            {pointers[1].data(), columns[1], actual[1].at(0)}},
+                           {sums[0].at(0), sums[1].at(0)}},
                           kOneThread);
         int64_t wrong = 0;
-        for (int64_t j = 0; j < rows * columns; ++j)
-          wrong += !expected[j].equals(actual[j], dtype, N + 2);
-        for (int64_t r = 0; r < sums.size(); ++r)
-          wrong += !expected_sums[r].equals(sums[r], dtype, N + 2);
-        INFO(isa, " ", dtype, " N=", N, " rows=", rows, " columns=", columns);
+        for (int i = 0; i < 2; ++i) {
+          for (int64_t j = 0; j < actual[i].size(); ++j)
+            wrong += !expected[i][j].equals(actual[i][j], dtype, N + 2);
+          for (int64_t r = 0; r < sums[i].size(); ++r)
+            wrong += !expected_sums[r].equals(sums[i][r], dtype, N + 2);
+        }
+        INFO(isa, " ", dtype, " N=", N, " rows=", rows, " columns=", columns[0], "+", columns[1]);
         CHECK(wrong == 0);
       }
     }

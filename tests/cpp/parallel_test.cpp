@@ -106,7 +106,8 @@ TEST_CASE("threads that divide the large products change no bit") {
                             results[0].at(0)},
                            host);
         cpu_outer_product(
-            isa, {dtype, N, K, I, grads.at(0), K, rows.data(), results[1].at(0), results[2].at(0)},
+            isa,
+            {dtype, N, K, grads.at(0), K, {{rows.data(), I, results[1].at(0)}}, {results[2].at(0)}},
             host);
         return results;
       };

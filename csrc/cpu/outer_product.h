@@ -1,0 +1,221 @@
+// The gradients of weights: outer products summed over all rows, from the tiles of the loop itself.
+#pragma once
+
+#include "csrc/cpu/team.h"
+#include "csrc/cpu/weights.h"
+
+namespace rnn_fused::RNN_FUSED_ISA {
+
+// One part's share of an outer product: some rows of the result. The columns of the right sides
+// stand side by side in registers, so that both fill a panel and share the work on the left side.
+//
+// N has no bound, and a chain of so many additions in float would lose digits: chains of products
+// are added up to blocks in float, and blocks in double.
+template <class T>
+class OuterPart {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  using E = Operand<T>;  // of both sides: T itself, or widened where no instruction multiplies T
+  using Right = OuterProductParams::Right;
+  static constexpr int kDepth = Product<E>::kDepth;
+  static constexpr int kWidth = kLanes<A>;
+  static constexpr int kVectors = 4;
+  static constexpr int64_t kPanel = kVectors * kWidth;
+  static constexpr int64_t kTile = kTileRows<kVectors>;
+  static constexpr int64_t kChain = 256;   // a panel so deep leaves room in the second-level cache
+  static constexpr int64_t kBlock = 1024;  // of N: repays reading and writing the totals
+
+ public:
+  // So few rows are not worth rearranging.
+  static constexpr int64_t kFew = 8;
+
+  OuterPart() = default;
+  OuterPart(const OuterProductParams& p, Range rows)
+      : p_(&p), rows_(rows), count_(rows.end - rows.begin) {
+    for (const Right& right : p.right) registers_ += (right.columns + kWidth - 1) / kWidth;
+    sums_ = Buffer<double>::zeros(count_);
+    if (p.N <= kFew) return;
+    ld_ = round_up(registers_, kVectors) * kWidth;
+    several_ = p.N > kBlock;
+    const int64_t depth = round_up(std::min(p.N, kBlock), kDepth);
+    // Tiles a power of two apart would evict each other from the cache: one line more.
+    tile_size_ = depth * kTile + static_cast<int64_t>(64 / sizeof(E));
+    if (several_) totals_ = Buffer<double>::zeros(count_ * ld_);
+    chain_sums_ = Buffer<A>(round_up(count_, kWidth));
+    left_ = Buffer<E>((count_ + kTile - 1) / kTile * tile_size_);
+    left_row_ = Buffer<E>(round_up(count_, kWidth) * kDepth);
+    right_ = Buffer<E>(depth * kPanel);
+  }
+
+  void run() {
+    if (p_->N <= kFew)
+      run_few();
+    else
+      run_blocks();
+    for (void* sums : p_->sums)
+      for (int64_t r = 0; sums && r < count_; r += kWidth) {
+        alignas(64) A lanes[kWidth] = {};
+        const int n = lanes_left<T>(count_ - r);
+        for (int i = 0; i < n; ++i) lanes[i] = static_cast<A>(sums_[r + i]);
+        store(static_cast<T*>(sums) + rows_.begin + r, load(lanes), n);
+      }
+  }
+
+ private:
+  const T* left(int64_t n) const {
+    return static_cast<const T*>(p_->left) + n * p_->left_stride + rows_.begin;
+  }
+
+  // A register of columns of the right sides: where it lies, and how many lanes of it exist.
+  struct Columns {
+    const Right* right;
+    int64_t first;
+    int lanes;
+  };
+  Columns columns(int64_t q) const {
+    const Right* right = p_->right;
+    const int64_t of_first = (right->columns + kWidth - 1) / kWidth;
+    if (q >= of_first) {
+      ++right;
+      q -= of_first;
+    }
+    return {right, q * kWidth, lanes_left<T>(right->columns - q * kWidth)};
+  }
+
+  void write(int64_t r, const Columns& c, V value) const {
+    T* out = static_cast<T*>(c.right->out) + (rows_.begin + r) * c.right->columns + c.first;
+    store(out, value, c.lanes);
+  }
+
+  void run_few() {
+    for (int64_t r = 0; r < count_; ++r) {
+      A factor[kFew];
+      for (int64_t n = 0; n < p_->N; ++n) {
+        factor[n] = to_accumulation(left(n)[r]);
+        sums_[r] += factor[n];
+      }
+      for (int64_t q = 0; q < registers_; ++q) {
+        const Columns c = columns(q);
+        V sum{};
+        for (int64_t n = 0; n < p_->N; ++n)
+          sum += broadcast(factor[n]) *
+                 load(static_cast<const T*>(c.right->row[n]) + c.first, c.lanes);
+        write(r, c, sum);
+      }
+    }
+  }
+
+  void run_blocks() {
+    for (int64_t n = 0; n < p_->N; n += kBlock) {
+      const int64_t depth = std::min(kBlock, p_->N - n);
+      take_left(n, depth);
+      for (int64_t q = 0; q < registers_; q += kVectors) {
+        take_right(n, depth, q);
+        for (int64_t r = 0; r < count_; r += kTile) {
+          alignas(64) A block[kTile * kPanel];
+          multiply_block(r, depth, q, block);
+          finish(r, q, block);
+        }
+      }
+    }
+    for (int64_t r = 0; several_ && r < count_; ++r)
+      for (int64_t q = 0; q < registers_; ++q) {
+        const double* total = totals_ + r * ld_ + q * kWidth;
+        alignas(64) A lanes[kWidth];
+        for (int i = 0; i < kWidth; ++i) lanes[i] = static_cast<A>(total[i]);
+        write(r, columns(q), load(lanes));
+      }
+  }
+
+  int height(int64_t r) const { return static_cast<int>(std::min(kTile, count_ - r)); }
+
+  void multiply_block(int64_t r, int64_t depth, int64_t q, A* block) const {
+    alignas(64) A chain[kTile * kPanel];
+    for (int64_t k = 0; k < depth; k += kChain) {
+      multiply<E, kVectors>(
+          height(r), (registers_ - q) * kWidth,
+          {left_ + r / kTile * tile_size_ + k * kTile, kDepth, kTile, right_ + k * kPanel, kPanel,
+           round_up(std::min(kChain, depth - k), kDepth), kZeros<A>, 0, k ? chain : block, kPanel});
+      for (int64_t i = 0; k && i < height(r) * kPanel; i += kWidth)
+        store(block + i, load(block + i) + load(chain + i));
+    }
+  }
+
+  void finish(int64_t r, int64_t q, const A* block) const {
+    for (int i = 0; i < height(r); ++i, block += kPanel) {
+      const int64_t last = std::min<int64_t>(kVectors, registers_ - q);
+      if (several_)
+        add(block, last * kWidth, totals_ + (r + i) * ld_ + q * kWidth);
+      else
+        for (int64_t v = 0; v < last; ++v) write(r + i, columns(q + v), load(block + v * kWidth));
+    }
+  }
+
+  static void add(const A* values, int64_t size, double* totals) {
+    for (int64_t i = 0; i < size; ++i) totals[i] += values[i];
+  }
+
+  // left_ [tiles, depth / kDepth, kTile, kDepth]: what a tile reads lies together.
+  void take_left(int64_t n, int64_t depth) {
+    constexpr int64_t kTileStep = kTile * kDepth;
+    for (int64_t k = 0; k < depth; k += kDepth) {
+      if (k % kChain == 0) std::fill_n(chain_sums_.get(), round_up(count_, kWidth), A{});
+      const T* rows[kDepth];
+      for (int i = 0; i < kDepth; ++i) rows[i] = k + i < depth ? left(n + k + i) : nullptr;
+      const E* row = left_row_.get();
+      if constexpr (std::is_same_v<E, T> && kDepth == 1)
+        row = rows[0];
+      else
+        for (int64_t c = 0; c < count_; c += kWidth)
+          interleave<E>(rows, c, lanes_left<T>(count_ - c), left_row_ + c * kDepth);
+      E* out = left_ + k * kTile;
+      int64_t r = 0;
+      for (; r + kTile <= count_; r += kTile, out += tile_size_)
+        std::memcpy(out, row + r * kDepth, kTileStep * sizeof(E));
+      std::copy_n(row + r * kDepth, (count_ - r) * kDepth, out);
+      if (!p_->sums[0]) continue;
+      for (int64_t c = 0; c < count_; c += kWidth)
+        for (int i = 0; i < kDepth && rows[i]; ++i)
+          store(chain_sums_ + c,
+                load(chain_sums_ + c) + load(rows[i] + c, lanes_left<T>(count_ - c)));
+      if ((k + kDepth) % kChain == 0 || k + kDepth >= depth)
+        add(chain_sums_.get(), count_, sums_.get());
+    }
+  }
+
+  // right_ [depth / kDepth, kPanel, kDepth]; a register without columns is never used.
+  void take_right(int64_t n, int64_t depth, int64_t q) {
+    for (int64_t v = 0; v < std::min<int64_t>(kVectors, registers_ - q); ++v) {
+      const Columns c = columns(q + v);
+      for (int64_t k = 0; k < depth; k += kDepth) {
+        const T* rows[kDepth];
+        for (int i = 0; i < kDepth; ++i)
+          rows[i] = k + i < depth ? static_cast<const T*>(c.right->row[n + k + i]) : nullptr;
+        interleave<E>(rows, c.first, c.lanes, right_ + k * kPanel + v * kWidth * kDepth);
+      }
+    }
+  }
+
+  const OuterProductParams* p_ = nullptr;
+  Range rows_{};
+  int64_t count_ = 0, registers_ = 0, ld_ = 0, tile_size_ = 0;
+  bool several_ = false;  // blocks
+  Buffer<double> totals_, sums_;
+  Buffer<A> chain_sums_;
+  Buffer<E> left_, left_row_, right_;
+};
+
+// Every part owns some rows of the result, so that the sums over N run in one order.
+template <class T>
+void multiply_outer(const OuterProductParams& p, const Host& host) {
+  const int64_t columns = p.right[0].columns + p.right[1].columns;
+  const int64_t parts =
+      std::min(parts_of(host, static_cast<double>(p.N) * p.rows * columns), p.rows);
+  std::unique_ptr<OuterPart<T>[]> part(new OuterPart<T>[parts]);
+  for (int64_t i = 0; i < parts; ++i) part[i] = {p, {p.rows * i / parts, p.rows * (i + 1) / parts}};
+  parallel_for(host, parts, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) part[i].run();
+  });
+}
+
+}  // namespace rnn_fused::RNN_FUSED_ISA
