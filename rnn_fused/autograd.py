@@ -12,12 +12,12 @@ and direction by direction, None where absent: Functions take tensors as flat ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from inspect import signature
 from itertools import chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
 from . import library, reference
@@ -129,9 +129,12 @@ class LayerBackward(Function):
         return _loop_over_samples(LayerBackward, info, in_dims, args)
 
 
-for function in (LayerForward, LayerBackward):
-    # Function.apply looks for the signature at every call, a third of its time.
-    vars(function.forward)["__signature__"] = signature(function.forward)
+def apply(function: type[Function], *args: Any) -> Any:
+    """`function.apply`, without its search for default arguments, which takes as long as a small
+    layer. Compilers and torch.func's transforms have to see `Function.apply` itself."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
 def first_order(ctx: Any, grads: Slots, needed: Sequence[bool | None]) -> list[Tensor | None]:
@@ -142,8 +145,8 @@ def first_order(ctx: Any, grads: Slots, needed: Sequence[bool | None]) -> list[T
     needs_input, needs_hx, needs_cx, *needs_weight = map(bool, needed)
     needs = needs_input, needs_hx or needs_cx, any(needs_weight)
     differentiable = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-    run = LayerBackward.apply if differentiable else LayerBackward.forward
-    gradients = run(*(ctx.cell, *needs, batch_sizes, output, gates, cells, *grads[:3], *primals))
+    args = ctx.cell, *needs, batch_sizes, output, gates, cells, *grads[:3], *primals
+    gradients = apply(LayerBackward, *args) if differentiable else LayerBackward.forward(*args)
     weights = iter(gradients[3:])
     slots = [None if w is None else next(weights, None) for w in primals[3:]]
     return [

@@ -6,6 +6,7 @@ D directions (2 if bidirectional), N = sum of the lengths of packed sequences.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, TypeAlias, overload
 
 import torch
@@ -121,20 +122,8 @@ class FusedRNNBase(RNNBase):
         return sequence, tuple(torch.cat(layers) for layers in zip(*final, strict=True))
 
     def _layer_weights(self, layer: int) -> LayerWeights:
-        directions = ("", "_reverse") if self.bidirectional else ("",)
-
-        def collect(kind: str, present: bool = True) -> tuple[Tensor, ...]:
-            if not present:
-                return ()
-            return tuple(getattr(self, f"{kind}_l{layer}{suffix}") for suffix in directions)
-
-        return LayerWeights(
-            weight_ih=collect("weight_ih"),
-            weight_hh=collect("weight_hh"),
-            bias_ih=collect("bias_ih", self.bias),
-            bias_hh=collect("bias_hh", self.bias),
-            weight_hr=collect("weight_hr", self.proj_size > 0),
-        )
+        names = _weight_names(layer, self.bidirectional, self.bias, self.proj_size > 0)
+        return LayerWeights(*[tuple([getattr(self, name) for name in field]) for field in names])
 
     def _split_state(self, hx: Hidden, packed: bool) -> tuple[Tensor, ...]:
         """The state as a tuple, (h,) or (h, c); `packed` tells how the input comes."""
@@ -193,6 +182,19 @@ class FusedRNNBase(RNNBase):
             if state.size() != size:
                 name = "hidden" if len(states) == 1 else f"hidden[{index}]"
                 raise RuntimeError(f"Expected {name} size {size}, got {list(state.size())}")
+
+
+@cache
+def _weight_names(
+    layer: int, bidirectional: bool, bias: bool, projected: bool
+) -> tuple[tuple[str, ...], ...]:
+    """The attributes that hold one layer's weights, in the form of LayerWeights."""
+    present = (True, True, bias, bias, projected)
+    directions = ("", "_reverse") if bidirectional else ("",)
+    return tuple(
+        tuple(f"{kind}_l{layer}{direction}" for direction in directions) if there else ()
+        for kind, there in zip(LayerWeights._fields, present, strict=True)
+    )
 
 
 class LSTM(FusedRNNBase):

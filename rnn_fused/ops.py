@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import library, reference
-from .autograd import LayerForward, flatten, forward_mode
+from .autograd import LayerForward, apply, flatten, forward_mode
 from .reference import LayerWeights
 
 __all__ = ["LayerWeights", "layer"]
@@ -54,8 +54,8 @@ def layer(
 
     save = torch.is_grad_enabled() and (transformed or _requires_grad(input, hx, cx, weights))
     if transformed or (save and not compiling):
-        output, h_n, c_n, _, _ = LayerForward.apply(
-            cell, save, batch_sizes, input, hx, cx, *flatten(weights)
+        output, h_n, c_n, _, _ = apply(
+            LayerForward, cell, save, batch_sizes, input, hx, cx, *flatten(weights)
         )
     elif compiling:
         output, h_n, c_n, _, _ = library.layer_forward(

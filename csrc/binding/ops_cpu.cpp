@@ -9,13 +9,13 @@ namespace rnn_fused {
 namespace {
 
 Host torch_threads() {
+  // Threads that spin at a barrier must not be more than the cores. Asking reads a file.
+  static const unsigned cores = std::max(1u, std::thread::hardware_concurrency());
   return {[](int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
             torch::stable::parallel_for(
                 0, n, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
           },
-          // Threads that spin at a barrier must not be more than the cores.
-          static_cast<int>(std::min(torch::stable::get_num_threads(),
-                                    std::max(1u, std::thread::hardware_concurrency())))};
+          static_cast<int>(std::min(torch::stable::get_num_threads(), cores))};
 }
 
 // Element `offset` of t, or null where there is no tensor.

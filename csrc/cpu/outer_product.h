@@ -94,13 +94,15 @@ class OuterPart {
         factor[n] = to_accumulation(left(n)[r]);
         sums_[r] += factor[n];
       }
-      for (int64_t q = 0; q < registers_; ++q) {
-        const Columns c = columns(q);
-        V sum{};
-        for (int64_t n = 0; n < p_->N; ++n)
-          sum += broadcast(factor[n]) *
-                 load(static_cast<const T*>(c.right->row[n]) + c.first, c.lanes);
-        write(r, c, sum);
+      for (const Right& right : p_->right) {
+        T* out = static_cast<T*>(right.out) + (rows_.begin + r) * right.columns;
+        for (int64_t c = 0; c < right.columns; c += kWidth) {
+          const int lanes = lanes_left<T>(right.columns - c);
+          V sum{};
+          for (int64_t n = 0; n < p_->N; ++n)
+            sum += broadcast(factor[n]) * load(static_cast<const T*>(right.row[n]) + c, lanes);
+          store(out + c, sum, lanes);
+        }
       }
     }
   }
