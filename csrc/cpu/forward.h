@@ -157,7 +157,8 @@ class Forward {
     const int n = lanes_left<T>(p_.P - column);
     T* output = static_cast<T*>(dir.output) + row * p_.output_stride + column;
     store(output, h, n);
-    store(h_next + b * Pp_ + column, round_to<T>(h), n);
+    // Where the operand is T itself, the store rounds.
+    store(h_next + b * Pp_ + column, std::is_same_v<Operand<T>, T> ? h : round_to<T>(h), n);
   }
 
   void emit_panel(Direction& dir, int64_t row, int64_t b, int64_t column, const A* h,
