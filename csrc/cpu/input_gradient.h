@@ -22,10 +22,12 @@ void multiply_by_weights(const InputGradientParams& p, const Host& host) {
     weights[d] = Matrix(p.weight_ih[d], p.I, p.K, p.N >= kRowsToRepayPacking);
   const int64_t panels = weights[0].panel_count();
   const int64_t ld = panels * Matrix::kPanelWidth;
-  parallel_for(host, parts == 1 ? 1 : panels, [&](int64_t begin, int64_t end) {
-    if (parts == 1) end = panels;
-    for (int d = 0; d < p.directions; ++d) weights[d].pack(begin, end);
-  });
+  parallel_for(
+      host, panels,
+      [&](int64_t begin, int64_t end) {
+        for (int d = 0; d < p.directions; ++d) weights[d].pack(begin, end);
+      },
+      parts > 1 && worth_packing_together(static_cast<double>(p.K) * p.I * p.directions));
 
   parallel_for(host, parts, [&](int64_t begin, int64_t end) {
     A* sum = sums + begin * kBlock * ld;

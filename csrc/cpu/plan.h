@@ -9,8 +9,9 @@
 namespace rnn_fused {
 
 // Measured: docs/performance.md.
-constexpr double kRowsToRepayPacking = 12;     // rows that weights multiply
-constexpr double kWorkToRepayThreads = 300e3;  // multiply-adds
+constexpr double kRowsToRepayPacking = 12;       // rows that weights multiply
+constexpr double kWorkToRepayThreads = 300e3;    // multiply-adds
+constexpr double kWeightsToRepayThreads = 64e3;  // weights to pack
 
 struct Plan {
   bool pack = false;  // rearrange the recurrent weights before the loop

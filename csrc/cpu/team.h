@@ -5,16 +5,20 @@
 
 namespace rnn_fused::RNN_FUSED_ISA {
 
+// In this thread alone where the work does not repay waking the others.
 template <class Body>
-void parallel_for(const Host& host, int64_t n, const Body& body) {
+void parallel_for(const Host& host, int64_t n, const Body& body, bool worth_it = true) {
   const auto call = [](void* context, int64_t begin, int64_t end) {
     (*static_cast<const Body*>(context))(begin, end);
   };
-  if (n == 1 || host.threads == 1)
+  if (n == 1 || host.threads == 1 || !worth_it)
     body(0, n);
   else
     host.parallel_for(n, call, const_cast<void*>(static_cast<const void*>(&body)));
 }
+
+// The same for packing so many weights.
+inline bool worth_packing_together(double weights) { return weights >= kWeightsToRepayThreads; }
 
 // As many parts as threads, unless the work does not repay waking them.
 inline int64_t parts_of(const Host& host, double multiply_adds) {
@@ -39,10 +43,14 @@ void run_team(const LayerShape& shape, const Schedule& schedule, const Host& hos
     return;
   }
   if (schedule.pack)
-    parallel_for(host, shape.directions * panels, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        loop.pack(static_cast<int>(i / panels), {i % panels, i % panels + 1});
-    });
+    parallel_for(
+        host, shape.directions * panels,
+        [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i)
+            loop.pack(static_cast<int>(i / panels), {i % panels, i % panels + 1});
+        },
+        worth_packing_together(static_cast<double>(gate_count(shape.cell)) * shape.H * shape.P *
+                               shape.directions));
   // Every part owns some sequences of one direction.
   const auto sync = [] {};
   parallel_for(host, shape.directions * schedule.row_parts, [&](int64_t begin, int64_t end) {
