@@ -6,6 +6,7 @@
 #include <cuda_runtime_api.h>
 
 #include <array>
+#include <bit>
 #include <cstring>
 #include <tuple>
 #include <type_traits>
@@ -67,10 +68,7 @@ inline emulation::Lanes<MmaOperands> exchange_operands(const uint32_t (&a)[4],
 // One of the two values of T in a register.
 template <class T>
 float value_in(uint32_t bits, int half) {
-  const uint16_t value = static_cast<uint16_t>(bits >> (16 * half));
-  T x;
-  std::memcpy(&x, &value, sizeof(x));
-  return static_cast<float>(x);
+  return static_cast<float>(std::bit_cast<T>(static_cast<uint16_t>(bits >> (16 * half))));
 }
 
 // d += the product of the matrices that A(row, k) and B(k, column) give, in this lane's part of D.
@@ -156,8 +154,7 @@ void cp_async_or_zero(void* to, const void* from, bool valid, RNN_FUSED_CALLER) 
   static_assert(N == 4 || N == 8 || N == 16);
   emulation::check_shared(to, N, N, caller);
   if (reinterpret_cast<uintptr_t>(from) % N != 0)
-    throw emulation::Error("cp.async from an address that is not aligned, at " +
-                           emulation::text_of(caller));
+    throw emulation::Error("cp.async from an address that is not aligned, at ", caller);
   emulation::async_copies().add(to, from, N, valid, caller);
 }
 

@@ -10,6 +10,7 @@
 #include <deque>
 #include <functional>
 #include <source_location>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -20,12 +21,26 @@ namespace rnn_fused::emulation {
 // Where in the kernel's source a thread is.
 using Place = std::source_location;
 
+inline std::ostream& operator<<(std::ostream& out, Place place) {
+  return out << place.file_name() << ':' << place.line();
+}
+
+inline std::ostream& operator<<(std::ostream& out, uint3 v) {
+  return out << '(' << v.x << ", " << v.y << ", " << v.z << ')';
+}
+
+template <class... Part>
+std::string text(const Part&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+
 // A mistake of the kernel. Names the places.
 struct Error : std::runtime_error {
-  using std::runtime_error::runtime_error;
+  template <class... Part>
+  explicit Error(const Part&... parts) : std::runtime_error(text(parts...)) {}
 };
-
-std::string text_of(Place place);
 
 // In which order the threads run: 0 is round robin, any other seed an order of its own.
 void set_seed(uint64_t seed);
@@ -75,8 +90,7 @@ class Lanes {
 
   const T& operator[](unsigned lane) const {
     if (!(mask_ >> lane & 1))
-      throw Error("lane " + std::to_string(lane) + ", which is not in the mask, is read at " +
-                  text_of(place_));
+      throw Error("lane ", lane, ", which is not in the mask, is read at ", place_);
     return *reinterpret_cast<const T*>(bytes_ + lane * kExchangeBytes);
   }
 
@@ -123,8 +137,7 @@ class AsyncCopies {
 
   static void finish(const Copy& copy) {
     if (copy.from && std::memcmp(copy.from, copy.bits, copy.bytes) != 0)
-      throw Error("the source of cp.async changed before the wait; issued at " +
-                  text_of(copy.place));
+      throw Error("the source of cp.async changed before the wait; issued at ", copy.place);
     std::memcpy(copy.to, copy.bits, copy.bytes);
   }
 

@@ -116,10 +116,6 @@ bool same(Place a, Place b) {
          (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
 }
 
-std::string coordinates(uint3 v) {
-  return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
-}
-
 uint3 unravel(size_t i, dim3 extent) {
   return {static_cast<unsigned>(i % extent.x), static_cast<unsigned>(i / extent.x % extent.y),
           static_cast<unsigned>(i / extent.x / extent.y)};
@@ -132,8 +128,8 @@ Fiber::Fiber(Block* block, unsigned index, void* stack, void (*entry)())
       thread(unravel(index, blockDim)),
       warp(index / 32),
       lane(index % 32),
-      context(stack, kStackBytes, entry,
-              ("block " + coordinates(block->index) + " thread " + coordinates(thread)).c_str()) {}
+      context(stack, kStackBytes, entry, text("block ", block->index, " thread ", thread).c_str()) {
+}
 
 // Stacks of all fibers, one after another.
 class Stacks {
@@ -270,10 +266,10 @@ void Residents::run() {
 
 void Residents::check_progress() {
   if (divergent_[0])
-    throw Error("divergent barrier: one thread waits at " + text_of(divergent_[0]->place) +
-                ", another at " + text_of(divergent_[1]->place) + "\n" + list());
-  if (live_ > 0 && ready_.empty()) throw Error("deadlock: no thread can go on\n" + list());
-  if (live_ > 0) throw Error("endless spin: no thread makes progress\n" + list());
+    throw Error("divergent barrier: one thread waits at ", divergent_[0]->place, ", another at ",
+                divergent_[1]->place, "\n", list());
+  if (live_ > 0 && ready_.empty()) throw Error("deadlock: no thread can go on\n", list());
+  if (live_ > 0) throw Error("endless spin: no thread makes progress\n", list());
 }
 
 // What the threads do, one line for all threads of a block that do the same.
@@ -284,13 +280,12 @@ std::string Residents::list() const {
   std::map<std::pair<const Block*, std::string>, int> counts;
   for (const auto& fiber : fibers_) {
     const bool waits = fiber->state != State::running && fiber->state != State::left;
-    ++counts[{fiber->block, kWhat[static_cast<int>(fiber->state)] +
-                                (waits ? text_of(fiber->place) : std::string())}];
+    const char* const what = kWhat[static_cast<int>(fiber->state)];
+    ++counts[{fiber->block, waits ? text(what, fiber->place) : what}];
   }
   std::string lines;
-  for (const auto& [what, count] : counts)
-    lines += "  block " + coordinates(what.first->index) + ": " + std::to_string(count) +
-             " threads " + what.second + "\n";
+  for (const auto& [group, count] : counts)
+    lines += text("  block ", group.first->index, ": ", count, " threads ", group.second, "\n");
   return lines;
 }
 
@@ -335,14 +330,13 @@ Exchange& exchange_of(Fiber& fiber, uint32_t mask, Place place) {
   auto& exchanges = fiber.block->warps[fiber.warp];
   const uint32_t all = exchanges.rbegin()->first;
   if (mask == all) return *exchanges.rbegin()->second;
-  if (!(mask >> fiber.lane & 1))
-    throw Error("a lane is not in the mask that it names, at " + text_of(place));
+  if (!(mask >> fiber.lane & 1)) throw Error("a lane is not in the mask that it names, at ", place);
   const auto found = exchanges.find(mask);
   if (found != exchanges.end()) return *found->second;
   Unseen unseen;
   const unsigned lanes = std::min<unsigned>(32, volume(blockDim) - 32 * fiber.warp);
   if (mask > (~0u >> (32 - lanes)))
-    throw Error("a mask names lanes that the warp lacks, at " + text_of(place));
+    throw Error("a mask names lanes that the warp lacks, at ", place);
   return *(exchanges[mask] = std::make_unique<Exchange>(mask));
 }
 
@@ -353,25 +347,17 @@ bool inside(const SharedVariable& variable, const unsigned char* p, size_t bytes
 
 }  // namespace
 
-std::string text_of(Place place) {
-  return std::string(place.file_name()) + ":" + std::to_string(place.line());
-}
-
 void set_seed(uint64_t seed) { seed_of_runs = seed; }
 
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative,
               const std::function<void()>& thread) {
   const size_t blocks = volume(grid), threads = volume(block);
   if (blocks == 0 || threads == 0 || threads > kBlockThreads || shared_bytes > kSharedBytes)
-    throw Error(
-        "a launch needs blocks of 1 to 1024 threads and at most 227 KiB of shared memory, "
-        "got " +
-        std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads with " +
-        std::to_string(shared_bytes) + " bytes");
+    throw Error("a launch needs blocks of 1 to 1024 threads and at most 227 KiB of shared memory, ",
+                "got ", blocks, " blocks of ", threads, " threads with ", shared_bytes, " bytes");
   const size_t resident = cooperative ? blocks : 1;
   if (resident * threads > kFibers)
-    throw Error("at most " + std::to_string(kFibers) + " threads can be resident here, got " +
-                std::to_string(resident * threads));
+    throw Error("at most ", kFibers, " threads can be resident here, got ", resident * threads);
   gridDim = grid;
   blockDim = block;
   for (size_t first = 0; first < blocks; first += resident)
@@ -396,10 +382,9 @@ void check_shared(const void* p, size_t bytes, size_t alignment, Place place) {
   bool found = inside(block.dynamic_shared, first, bytes);
   for (const auto& [key, variable] : block.static_shared)
     found = found || inside(variable, first, bytes);
-  if (!found) throw Error("an address is not this block's shared memory, at " + text_of(place));
+  if (!found) throw Error("an address is not this block's shared memory, at ", place);
   if (reinterpret_cast<uintptr_t>(p) % alignment != 0)
-    throw Error("an address is not aligned to " + std::to_string(alignment) + " bytes, at " +
-                text_of(place));
+    throw Error("an address is not aligned to ", alignment, " bytes, at ", place);
 }
 
 void block_barrier(Place place) {
@@ -408,7 +393,7 @@ void block_barrier(Place place) {
 
 void grid_barrier(Place place) {
   if (!residents->cooperative())
-    throw Error("a grid barrier outside a cooperative launch, at " + text_of(place));
+    throw Error("a grid barrier outside a cooperative launch, at ", place);
   residents->meet(residents->grid_barrier(), State::in_grid, place, true);
 }
 
