@@ -69,7 +69,10 @@ void block_barrier(Place place);
 void grid_barrier(Place place);
 void warp_barrier(uint32_t mask, Place place);  // orders memory
 
-// Lets the others run. Where all threads do nothing else, the run ends with an Error.
+// Lets the others run before this thread goes on.
+void pause();
+
+// The same, waiting for something. Where all threads do nothing else, the run ends with an Error.
 void spin(Place place);
 
 // Something changed that a spinning thread may wait for.
@@ -122,6 +125,7 @@ class AsyncCopies {
   void commit() { groups_.emplace_back(); }
 
   void wait(size_t keep) {
+    if (groups_.size() > keep + 1) pause();  // now the others may read the target, or write
     for (; groups_.size() > keep + 1; groups_.pop_front())  // the last one is still open
       for (const Copy& copy : groups_.front()) finish(copy);
   }

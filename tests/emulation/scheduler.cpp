@@ -167,6 +167,7 @@ class Residents {
   Fiber& self() { return *self_; }
   bool cooperative() const { return cooperative_; }
   void meet(Meeting& meeting, State state, Place place, bool orders_memory);
+  void pause();
   void spin(Place place);
   void note_progress() { idle_ = 0; }
   Meeting& grid_barrier() { return grid_barrier_; }
@@ -316,13 +317,17 @@ void Residents::meet(Meeting& meeting, State state, Place place, bool orders_mem
   if (orders_memory) acquire(order);
 }
 
+void Residents::pause() {
+  ready_.push(self_);
+  switch_away(false);
+}
+
 void Residents::spin(Place place) {
   Fiber& fiber = *self_;
   fiber.state = State::spinning;
   fiber.place = place;
   ++idle_;
-  ready_.push(&fiber);
-  switch_away(false);
+  pause();
   fiber.state = State::running;
 }
 
@@ -412,6 +417,8 @@ const unsigned char* exchange_bytes(uint32_t mask, const void* mine, size_t byte
   residents->meet(exchange, State::in_warp, place, false);
   return exchange.bytes[turn][0];
 }
+
+void pause() { residents->pause(); }
 
 void spin(Place place) { residents->spin(place); }
 
