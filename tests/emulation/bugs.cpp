@@ -13,7 +13,7 @@
 namespace rnn_fused {
 namespace {
 
-constexpr int kThreads = 64, kBlocks = 4;
+constexpr int kThreads = 64, kBlocks = 2;
 
 struct Params {
   const float* in;    // [kBlocks, kThreads], element i is i

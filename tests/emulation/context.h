@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #ifndef __x86_64__
 #include <ucontext.h>
@@ -17,6 +18,8 @@
 #endif
 
 namespace rnn_fused::emulation {
+
+constexpr size_t kTsanFibers = 8000;  // TSan itself stops at 8,128
 
 // ---------------------------------------------------------------------------------------------
 // Registers and stack
@@ -88,6 +91,13 @@ class Registers {
 // The same, with what the sanitizers need to know
 // ---------------------------------------------------------------------------------------------
 
+// TSan takes about a millisecond to make one of its fibers, so they are kept from launch to launch,
+// one for each slot. What a fiber did in the last launch is ordered before the next one anyway.
+inline void*& tsan_fiber(size_t slot) {
+  static std::vector<void*> fibers(kTsanFibers);
+  return fibers[slot % kTsanFibers];
+}
+
 class Context {
  public:
   // The context of the calling thread itself.
@@ -97,21 +107,31 @@ class Context {
 #endif
   }
 
-  // A context that runs `entry` when it is first switched to; entry calls started() first.
-  Context(void* stack, size_t bytes, void (*entry)(), [[maybe_unused]] const char* name)
-      : stack_(stack), bytes_(bytes), owned_(true) {
+  // A context that runs `entry` when it is first switched to; entry calls started() first. No two
+  // live contexts have the same slot.
+  Context(void* stack, size_t bytes, void (*entry)(), [[maybe_unused]] size_t slot,
+          [[maybe_unused]] const char* name)
+      : stack_(stack), bytes_(bytes) {
     registers_.prepare(stack, bytes, entry);
 #ifdef RNN_FUSED_EMULATION_TSAN
-    tsan_ = __tsan_create_fiber(0);
-    __tsan_set_fiber_name(tsan_, name);
+    void*& fiber = tsan_fiber(slot);
+    if (!fiber) fiber = __tsan_create_fiber(0);
+    __tsan_set_fiber_name(fiber, name);
+    tsan_ = fiber;
 #endif
   }
 
   Context(const Context&) = delete;
 
-  ~Context() {
+  // Of a context that will not be switched to again, although it has not come to its end.
+  void abandon([[maybe_unused]] size_t slot) {
 #ifdef RNN_FUSED_EMULATION_TSAN
-    if (owned_) __tsan_destroy_fiber(tsan_);
+    __tsan_destroy_fiber(tsan_);
+    tsan_fiber(slot) = nullptr;
+#endif
+#ifdef RNN_FUSED_EMULATION_ASAN
+    // Its frames have left marks, which the next owner of the memory must not meet.
+    ASAN_UNPOISON_MEMORY_REGION(stack_, bytes_);
 #endif
   }
 
@@ -121,7 +141,7 @@ class Context {
     const void* stack = nullptr;
     size_t bytes = 0;
     __sanitizer_finish_switch_fiber(nullptr, &stack, &bytes);
-    if (!from.owned_ && !from.stack_) {
+    if (!from.stack_) {
       from.stack_ = const_cast<void*>(stack);
       from.bytes_ = bytes;
     }
@@ -147,7 +167,6 @@ class Context {
   Registers registers_;
   [[maybe_unused]] void* stack_ = nullptr;
   [[maybe_unused]] size_t bytes_ = 0;
-  [[maybe_unused]] bool owned_ = false;
   [[maybe_unused]] void* tsan_ = nullptr;
   [[maybe_unused]] void* asan_ = nullptr;
 };
@@ -162,13 +181,6 @@ inline void release([[maybe_unused]] void* sync) {
 inline void acquire([[maybe_unused]] void* sync) {
 #ifdef RNN_FUSED_EMULATION_TSAN
   __tsan_acquire(sync);
-#endif
-}
-
-// Frames that were abandoned leave marks for ASan; the stack's next owner must not meet them.
-inline void forget_frames([[maybe_unused]] void* stack, [[maybe_unused]] size_t bytes) {
-#ifdef RNN_FUSED_EMULATION_ASAN
-  ASAN_UNPOISON_MEMORY_REGION(stack, bytes);
 #endif
 }
 

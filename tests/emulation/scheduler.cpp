@@ -15,6 +15,13 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
+#ifdef RNN_FUSED_EMULATION_TSAN
+// At exit TSan would wait a second for the fibers that are kept.
+extern "C" __attribute__((visibility("default"))) const char* __tsan_default_options() {
+  return "atexit_sleep_ms=0";
+}
+#endif
+
 namespace rnn_fused::emulation {
 namespace {
 
@@ -23,7 +30,7 @@ constexpr uint64_t kIdleRounds = 1000;     // of all threads spinning, before it
 constexpr unsigned kBlockThreads = 1024;
 constexpr size_t kSharedBytes = 227 << 10;  // a block's, on sm_90
 #ifdef RNN_FUSED_EMULATION_TSAN
-constexpr size_t kFibers = 8000;  // TSan stops at 8,128
+constexpr size_t kFibers = kTsanFibers;
 #else
 constexpr size_t kFibers = 1 << 20;
 #endif
@@ -33,15 +40,17 @@ enum class State : uint8_t { running, spinning, in_warp, in_block, in_grid, left
 struct Block;
 
 struct Fiber {
-  Fiber(Block* block, unsigned index, void* stack, void (*entry)());
+  // `index` counts the threads of the block, `slot` those of the launch.
+  Fiber(Block* block, unsigned index, size_t slot, void* stack, void (*entry)());
 
   Block* block;
   uint3 thread;
   unsigned warp, lane;
+  AsyncCopies copies;
+  size_t slot;
   Context context;
   State state = State::running;
   Place place;  // where it waits
-  AsyncCopies copies;
 };
 
 // Where `expected` threads wait for each other. Two sets of everything, in turn: a thread may be at
@@ -123,13 +132,14 @@ uint3 unravel(size_t i, dim3 extent) {
 
 size_t volume(dim3 extent) { return size_t{extent.x} * extent.y * extent.z; }
 
-Fiber::Fiber(Block* block, unsigned index, void* stack, void (*entry)())
+Fiber::Fiber(Block* block, unsigned index, size_t slot, void* stack, void (*entry)())
     : block(block),
       thread(unravel(index, blockDim)),
       warp(index / 32),
       lane(index % 32),
-      context(stack, kStackBytes, entry, text("block ", block->index, " thread ", thread).c_str()) {
-}
+      slot(slot),
+      context(stack, kStackBytes, entry, slot,
+              text("block ", block->index, " thread ", thread).c_str()) {}
 
 // Stacks of all fibers, one after another.
 class Stacks {
@@ -140,17 +150,12 @@ class Stacks {
     if (memory_ == MAP_FAILED) throw std::bad_alloc();
   }
   Stacks(const Stacks&) = delete;
-  ~Stacks() {
-    if (abandoned_) forget_frames(memory_, bytes_);
-    munmap(memory_, bytes_);
-  }
-  void abandon() { abandoned_ = true; }
+  ~Stacks() { munmap(memory_, bytes_); }
   void* operator[](size_t i) { return static_cast<char*>(memory_) + i * kStackBytes; }
 
  private:
   void* memory_;
   size_t bytes_;
-  bool abandoned_ = false;
 };
 
 // The threads that are resident together: a cooperative grid, or one block of another.
@@ -214,7 +219,8 @@ Residents::Residents(size_t first, size_t blocks, size_t shared_bytes, bool coop
     blocks_[b]->index = unravel(first + b, gridDim);
     for (size_t t = 0; t < threads; ++t) {
       void* const stack = stacks_[b * threads + t];
-      fibers_.push_back(std::make_unique<Fiber>(blocks_[b].get(), t, stack, entry));
+      const size_t slot = (first + b) * threads + t;
+      fibers_.push_back(std::make_unique<Fiber>(blocks_[b].get(), t, slot, stack, entry));
       ready_.push(fibers_.back().get());
     }
   }
@@ -222,6 +228,7 @@ Residents::Residents(size_t first, size_t blocks, size_t shared_bytes, bool coop
 
 void Residents::entry() {
   Residents& r = *residents;
+  acquire(&r.live_);
   r.self().context.started(r.main_);
   try {
     r.thread_();
@@ -231,7 +238,7 @@ void Residents::entry() {
   r.self().state = State::left;
   --r.live_;
   r.note_progress();
-  release(&r);
+  release(&r.idle_);
   r.switch_away(true);
 }
 
@@ -253,14 +260,16 @@ void Residents::switch_away(bool last) {
 
 void Residents::run() {
   residents = this;
+  release(&live_);  // what was done before the launch comes before all threads
   Fiber& first = *ready_.pop(shuffled_ ? random_() : 0);
   self_ = &first;
   threadIdx = first.thread;
   blockIdx = first.block->index;
   main_.switch_to(first.context, false);
   residents = nullptr;
-  acquire(this);
-  if (live_ > 0 || thrown_) stacks_.abandon();
+  acquire(&idle_);  // and all threads before what comes after it
+  for (const auto& fiber : fibers_)
+    if (fiber->state != State::left) fiber->context.abandon(fiber->slot);
   if (thrown_) std::rethrow_exception(thrown_);
   check_progress();
 }
