@@ -5,8 +5,6 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
-#include <array>
-#include <bit>
 #include <cstring>
 #include <tuple>
 #include <type_traits>
@@ -54,80 +52,30 @@ inline void zero(void* p, size_t bytes, cudaStream_t) { std::memset(p, 0, bytes)
 // Matrix products of a warp
 // ---------------------------------------------------------------------------------------------
 
-// The fragments that one lane brings to a product.
-struct MmaOperands {
-  uint32_t a[4], b[2];
-};
-
-inline emulation::Lanes<MmaOperands> exchange_operands(const uint32_t (&a)[4],
-                                                       const uint32_t (&b)[2],
-                                                       emulation::Place place) {
-  return emulation::exchange(~0u, MmaOperands{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, place);
-}
-
-// One of the two values of T in a register.
+// In mma.cpp, for T = __nv_bfloat16 and __half.
 template <class T>
-float value_in(uint32_t bits, int half) {
-  return static_cast<float>(std::bit_cast<T>(static_cast<uint16_t>(bits >> (16 * half))));
-}
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], RNN_FUSED_CALLER);
 
-// d += the product of the matrices that A(row, k) and B(k, column) give, in this lane's part of D.
-template <int K, class A, class B>
-void multiply_add(float (&d)[4], A&& a, B&& b) {
-  const int g = emulation::lane() / 4, t = emulation::lane() % 4;
-  for (int i = 0; i < 4; ++i) {
-    const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
-    float sum = 0;
-    for (int k = 0; k < K; ++k) sum += a(row, k) * b(k, column);
-    d[i] += sum;
-  }
-}
-
-template <class T>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], RNN_FUSED_CALLER) {
-  static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
-  const auto lanes = exchange_operands(a, b, caller);
-  multiply_add<16>(
-      d,
-      [&](int row, int k) {
-        const uint32_t pair = lanes[4 * (row % 8) + k % 8 / 2].a[row / 8 + 2 * (k / 8)];
-        return value_in<T>(pair, k % 2);
-      },
-      [&](int k, int column) {
-        return value_in<T>(lanes[4 * column + k % 8 / 2].b[k / 8], k % 2);
-      });
-}
-
-inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                             RNN_FUSED_CALLER) {
-  const auto lanes = exchange_operands(a, b, caller);
-  const auto tf32 = [](uint32_t bits) { return __uint_as_float(bits & ~0x1fffu); };
-  multiply_add<8>(
-      d,
-      [&](int row, int k) { return tf32(lanes[4 * (row % 8) + k % 4].a[row / 8 + 2 * (k / 4)]); },
-      [&](int k, int column) { return tf32(lanes[4 * column + k % 4].b[k / 4]); });
-}
+void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                      RNN_FUSED_CALLER);
 
 inline uint32_t to_tf32(float x) {
   if (!std::isfinite(x)) return __float_as_uint(x);
   return (__float_as_uint(x) + 0x1000u) & ~0x1fffu;
 }
 
-// The rows of `count` 8x8 matrices, whose addresses the lanes of the warp bring.
+// Row i % 8 of matrix i / 8, for i of lane i: the addresses that the lanes bring.
 template <int count>
-std::array<const uint16_t*, 8 * count> matrix_rows(const void* row, emulation::Place place) {
+emulation::Lanes<const void*> exchange_rows(const void* row, emulation::Place place) {
   if (emulation::lane() < 8 * count) emulation::check_shared(row, 16, 16, place);
-  const auto lanes = emulation::exchange(~0u, row, place);
-  std::array<const uint16_t*, 8 * count> rows;
-  for (int i = 0; i < 8 * count; ++i) rows[i] = static_cast<const uint16_t*>(lanes[i]);
-  return rows;
+  return emulation::exchange(~0u, row, place);
 }
 
 template <int count>
 void load_matrices(uint32_t (&r)[count], const void* row, emulation::Place place) {
-  const auto rows = matrix_rows<count>(row, place);
+  const auto rows = exchange_rows<count>(row, place);
   const int g = emulation::lane() / 4, t = emulation::lane() % 4;
-  for (int j = 0; j < count; ++j) std::memcpy(&r[j], &rows[8 * j + g][2 * t], sizeof(r[j]));
+  for (int j = 0; j < count; ++j) r[j] = static_cast<const uint32_t*>(rows[8 * j + g])[t];
 }
 
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, RNN_FUSED_CALLER) {
@@ -139,10 +87,13 @@ inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, RNN_FUSED_CALLER) {
 }
 
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, RNN_FUSED_CALLER) {
-  const auto rows = matrix_rows<4>(row, caller);
+  const auto rows = exchange_rows<4>(row, caller);
   const int g = emulation::lane() / 4, t = emulation::lane() % 4;
-  for (int j = 0; j < 4; ++j)
-    r[j] = rows[8 * j + 2 * t][g] | static_cast<uint32_t>(rows[8 * j + 2 * t + 1][g]) << 16;
+  for (int j = 0; j < 4; ++j) {
+    const uint16_t low = static_cast<const uint16_t*>(rows[8 * j + 2 * t])[g];
+    const uint16_t high = static_cast<const uint16_t*>(rows[8 * j + 2 * t + 1])[g];
+    r[j] = low | static_cast<uint32_t>(high) << 16;
+  }
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -104,6 +104,11 @@ class Queue {
   explicit Queue(size_t capacity) : ring_(capacity) {}
   bool empty() const { return size_ == 0; }
   void push(Fiber* fiber) { at(size_++) = fiber; }
+  void push_front(Fiber* fiber) {
+    first_ = (first_ + ring_.size() - 1) % ring_.size();
+    ++size_;
+    at(0) = fiber;
+  }
   // The one at `offset` from the front, whose place the front one takes.
   Fiber* pop(uint64_t offset) {
     std::swap(at(0), at(offset % size_));
@@ -314,9 +319,13 @@ void Residents::meet(Meeting& meeting, State state, Place place, bool orders_mem
   if (orders_memory) release(order);
   meeting.waiting.push_back(&fiber);
   if (meeting.waiting.size() == meeting.expected && !divergent_[0]) {
+    // In round robin a warp goes on as far as it can alone: its stacks are in the cache.
     for (Fiber* waiting : meeting.waiting) {
       waiting->state = State::running;
-      ready_.push(waiting);
+      if (state == State::in_warp)
+        ready_.push_front(waiting);
+      else
+        ready_.push(waiting);
     }
     meeting.waiting.clear();
     meeting.turn ^= 1;
