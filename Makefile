@@ -64,6 +64,13 @@ emulate-plain emulate-asan emulate-tsan:
 	cmake --build build/$@ --target emulation --parallel $(MAX_JOBS)
 	ctest --test-dir build/$@ --output-on-failure --no-tests=error
 
+# The check of the PTX wrappers; to be run on a GPU.
+build/gpu_primitives: tests/gpu/primitives.cu $(wildcard csrc/cuda/*.*h tests/emulation/*.*h)
+	mkdir -p build
+	nvcc -std=c++20 -O3 -I. --Werror=all-warnings -Xcompiler=-Wall,-Wextra,-Werror \
+	    -Xptxas=-warn-spills,-Werror -gencode=arch=compute_80,code=sm_80 \
+	    -gencode=arch=compute_90a,code=sm_90a $< -o $@
+
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 

@@ -57,6 +57,17 @@ __global__ void grid_barrier(Params p) {
   p.out[global_index()] = p.scratch[kBlocks * kThreads - 1 - global_index()];
 }
 
+// A block relies on an earlier one, as if the blocks of an ordinary launch came in order.
+template <bool bug>
+__global__ void order_of_blocks(Params p) {
+  RNN_FUSED_SHARED(float, values, [kThreads]);
+  const int from = bug && blockIdx.x > 0 ? global_index() - kThreads : global_index();
+  p.scratch[global_index()] = p.in[global_index()];
+  values[threadIdx.x] = p.scratch[from] + (global_index() - from);
+  __syncthreads();
+  p.out[global_index()] = values[kThreads - 1 - threadIdx.x];
+}
+
 // The barrier's counter is raised without a release.
 template <bool bug>
 __global__ void relaxed(Params p) {
@@ -205,6 +216,7 @@ constexpr Bug kBugs[] = {
     {KERNELS(block_barrier)},
     {KERNELS(warp_barrier)},
     {KERNELS(grid_barrier), true, true},
+    {KERNELS(order_of_blocks)},
     {KERNELS(relaxed), true, true},
     {KERNELS(static_shared_index)},
     {KERNELS(dynamic_shared_index)},

@@ -6,6 +6,7 @@
 #include <exception>
 #include <map>
 #include <memory>
+#include <optional>
 #include <random>
 #include <utility>
 
@@ -170,6 +171,7 @@ class Residents {
   Residents(size_t first, size_t blocks, size_t shared_bytes, bool cooperative, uint64_t seed,
             const std::function<void()>& thread);
   Residents(const Residents&) = delete;
+  ~Residents() { unseen_.emplace(); }
 
   void run();
 
@@ -188,6 +190,9 @@ class Residents {
   void check_progress();
   std::string list() const;
 
+  // Around the making and the end of all other members. Blocks that run one after the other must
+  // not be ordered by what the host does in between, so the host takes no part in any order there.
+  std::optional<Unseen> unseen_{std::in_place};
   const std::function<void()>& thread_;
   bool cooperative_;
   std::mt19937_64 random_;
@@ -204,6 +209,9 @@ class Residents {
   Fiber* divergent_[2] = {};
   std::exception_ptr thrown_;
 };
+
+// TSan's names for the two orders between the threads of a launch and the host.
+char launch_begins, launch_ends;
 
 Residents* residents = nullptr;
 uint64_t seed_of_runs = 0;
@@ -229,11 +237,12 @@ Residents::Residents(size_t first, size_t blocks, size_t shared_bytes, bool coop
       ready_.push(fibers_.back().get());
     }
   }
+  unseen_.reset();
 }
 
 void Residents::entry() {
   Residents& r = *residents;
-  acquire(&r.live_);
+  acquire(&launch_begins);
   r.self().context.started(r.main_);
   try {
     r.thread_();
@@ -243,7 +252,7 @@ void Residents::entry() {
   r.self().state = State::left;
   --r.live_;
   r.note_progress();
-  release(&r.idle_);
+  release(&launch_ends);
   r.switch_away(true);
 }
 
@@ -265,14 +274,12 @@ void Residents::switch_away(bool last) {
 
 void Residents::run() {
   residents = this;
-  release(&live_);  // what was done before the launch comes before all threads
   Fiber& first = *ready_.pop(shuffled_ ? random_() : 0);
   self_ = &first;
   threadIdx = first.thread;
   blockIdx = first.block->index;
   main_.switch_to(first.context, false);
   residents = nullptr;
-  acquire(&idle_);  // and all threads before what comes after it
   for (const auto& fiber : fibers_)
     if (fiber->state != State::left) fiber->context.abandon(fiber->slot);
   if (thrown_) std::rethrow_exception(thrown_);
@@ -292,15 +299,17 @@ std::string Residents::list() const {
   constexpr const char* kWhat[] = {"in the kernel",         "spinning at ",
                                    "in a warp at ",         "in a block barrier at ",
                                    "in a grid barrier at ", "no longer in the kernel"};
-  std::map<std::pair<const Block*, std::string>, int> counts;
+  std::map<std::pair<size_t, std::string>, int> counts;
   for (const auto& fiber : fibers_) {
     const bool waits = fiber->state != State::running && fiber->state != State::left;
     const char* const what = kWhat[static_cast<int>(fiber->state)];
-    ++counts[{fiber->block, waits ? text(what, fiber->place) : what}];
+    const size_t block = fiber->slot / volume(blockDim);
+    ++counts[{block, waits ? text(what, fiber->place) : what}];
   }
   std::string lines;
   for (const auto& [group, count] : counts)
-    lines += text("  block ", group.first->index, ": ", count, " threads ", group.second, "\n");
+    lines += text("  block ", unravel(group.first, gridDim), ": ", count, " threads ", group.second,
+                  "\n");
   return lines;
 }
 
@@ -383,6 +392,10 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative,
     throw Error("at most ", kFibers, " threads can be resident here, got ", resident * threads);
   gridDim = grid;
   blockDim = block;
+  struct Launch {
+    Launch() { release(&launch_begins); }
+    ~Launch() { acquire(&launch_ends); }
+  } launch;
   for (size_t first = 0; first < blocks; first += resident)
     Residents(first, resident, shared_bytes, cooperative, seed_of_runs, thread).run();
 }
