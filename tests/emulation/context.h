@@ -1,5 +1,5 @@
-// Switching between fibers, with the sanitizers told of it. For scheduler.cpp alone, which is not
-// instrumented: the build says by RNN_FUSED_EMULATION_TSAN or _ASAN what the kernels are.
+// Switching between fibers, with the sanitizers told of it. For scheduler.cpp alone, which is
+// compiled without them: the build says by RNN_FUSED_EMULATION_TSAN or _ASAN what the kernels have.
 #pragma once
 
 #include <cstddef>
@@ -123,9 +123,12 @@ class Context {
 
   Context(const Context&) = delete;
 
-  // Of a context that will not be switched to again, although it has not come to its end.
-  void abandon([[maybe_unused]] size_t slot) {
+  // A context that will not be switched to again, although it has not come to its end. What it did
+  // is ordered before what `main`, the caller, does next.
+  void abandon([[maybe_unused]] size_t slot, [[maybe_unused]] Context& main) {
 #ifdef RNN_FUSED_EMULATION_TSAN
+    __tsan_switch_to_fiber(tsan_, __tsan_switch_to_fiber_no_sync);
+    __tsan_switch_to_fiber(main.tsan_, 0);
     __tsan_destroy_fiber(tsan_);
     tsan_fiber(slot) = nullptr;
 #endif

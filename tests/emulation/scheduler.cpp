@@ -1,6 +1,6 @@
-// Compiled without -fsanitize=thread, whatever the kernels are: the scheduler is no part of the
-// program that ThreadSanitizer is to judge. Where it runs in a kernel thread's name it calls no
-// function that TSan intercepts (malloc, memcpy), or says so by Unseen.
+// Compiled without sanitizers, whatever the kernels have: the scheduler is no part of the program
+// that they are to judge. Where it runs in a kernel thread's name it calls no function that TSan
+// intercepts (malloc, memcpy), or hides that by Unseen.
 #include <sys/mman.h>
 
 #include <exception>
@@ -186,8 +186,9 @@ class Residents {
 
  private:
   static void entry();
+  Fiber& next();
   void switch_away(bool last);
-  void check_progress();
+  void check_all_left() const;
   std::string list() const;
 
   // Around the making and the end of all other members. Blocks that run one after the other must
@@ -256,37 +257,33 @@ void Residents::entry() {
   r.switch_away(true);
 }
 
+Fiber& Residents::next() {
+  self_ = ready_.pop(shuffled_ ? random_() : 0);
+  threadIdx = self_->thread;
+  blockIdx = self_->block->index;
+  return *self_;
+}
+
 // Goes on with a thread that can, or with run() where there is none or something is to be told.
 void Residents::switch_away(bool last) {
   Fiber& from = *self_;
   const bool stop = ready_.empty() || thrown_ || divergent_[0] || idle_ > kIdleRounds * live_;
-  if (stop) {
-    from.context.switch_to(main_, last);
-  } else {
-    Fiber& to = *ready_.pop(shuffled_ ? random_() : 0);
-    if (&to == &from) return;
-    self_ = &to;
-    threadIdx = to.thread;
-    blockIdx = to.block->index;
-    from.context.switch_to(to.context, last);
-  }
+  if (stop) return from.context.switch_to(main_, last);
+  Fiber& to = next();
+  if (&to != &from) from.context.switch_to(to.context, last);
 }
 
 void Residents::run() {
   residents = this;
-  Fiber& first = *ready_.pop(shuffled_ ? random_() : 0);
-  self_ = &first;
-  threadIdx = first.thread;
-  blockIdx = first.block->index;
-  main_.switch_to(first.context, false);
+  main_.switch_to(next().context, false);
   residents = nullptr;
   for (const auto& fiber : fibers_)
-    if (fiber->state != State::left) fiber->context.abandon(fiber->slot);
+    if (fiber->state != State::left) fiber->context.abandon(fiber->slot, main_);
   if (thrown_) std::rethrow_exception(thrown_);
-  check_progress();
+  check_all_left();
 }
 
-void Residents::check_progress() {
+void Residents::check_all_left() const {
   if (divergent_[0])
     throw Error("divergent barrier: one thread waits at ", divergent_[0]->place, ", another at ",
                 divergent_[1]->place, "\n", list());
