@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MAX_JOBS ?= $(shell nproc)
-CLANG_FORMAT_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CLANG_FORMAT_FILES = $(shell find csrc tests/cpp tests/emulation tests/gpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test bench build lint format cpp-test sanitize wheel clean
+.PHONY: test bench build lint format cpp-test sanitize emulate emulate-plain \
+        emulate-asan emulate-tsan wheel clean
 
 test: build
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -50,6 +51,25 @@ sanitize:
 	cmake -S . -B build/cmake-asan -DRNN_FUSED_SANITIZE=address,undefined
 	cmake --build build/cmake-asan --parallel $(MAX_JOBS)
 	ctest --test-dir build/cmake-asan --output-on-failure --no-tests=error
+
+# The tests of the CUDA kernels on the CPU: plain, with AddressSanitizer, with ThreadSanitizer.
+# Needs nvcc for its headers.
+emulate: emulate-plain emulate-asan emulate-tsan
+
+emulate-asan: SANITIZE = address,undefined
+emulate-tsan: SANITIZE = thread
+emulate-plain emulate-asan emulate-tsan:
+	cmake -S . -B build/$@ -DRNN_FUSED_TESTS=OFF -DRNN_FUSED_EMULATION=ON \
+	    -DRNN_FUSED_SANITIZE=$(SANITIZE)
+	cmake --build build/$@ --target emulation --parallel $(MAX_JOBS)
+	ctest --test-dir build/$@ --output-on-failure --no-tests=error
+
+# The check of the PTX wrappers; to be run on a GPU.
+build/gpu_primitives: tests/gpu/primitives.cu $(wildcard csrc/cuda/*.*h tests/emulation/*.*h)
+	mkdir -p build
+	nvcc -std=c++20 -O3 -I. --Werror=all-warnings -Xcompiler=-Wall,-Wextra,-Werror \
+	    -Xptxas=-warn-spills,-Werror -gencode=arch=compute_80,code=sm_80 \
+	    -gencode=arch=compute_90a,code=sm_90a $< -o $@
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
