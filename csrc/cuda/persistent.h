@@ -1,0 +1,30 @@
+// The persistent kernels: one cooperative launch for all timesteps of all directions.
+//
+// In the params, batch_sizes and row_start point to device memory, as every other pointer does.
+// input_in_gates is true: `gates` holds W_ih x on entry. Nothing here waits for the device, and all
+// launches may be captured in a graph. The plan is plan_cuda's for the same shape, precision and
+// pass, on the current device, with Family::persistent.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "csrc/core/params.h"
+#include "csrc/cuda/plan.h"
+
+namespace rnn_fused {
+
+// A counter for each direction, in a cache line of its own.
+constexpr int kBarrierStride = 32;
+constexpr int kBarrierWords = 2 * kBarrierStride;
+
+// barrier: [kBarrierWords], device memory, overwritten.
+void persistent_forward(const CudaPlan& plan, Precision precision, const ForwardParams& params,
+                        uint32_t* barrier, cudaStream_t stream);
+
+// grad_projected and hidden are not used: a projection has no persistent kernels.
+void persistent_backward(const CudaPlan& plan, Precision precision, const BackwardParams& params,
+                         uint32_t* barrier, cudaStream_t stream);
+
+}  // namespace rnn_fused

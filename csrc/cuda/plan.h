@@ -1,0 +1,71 @@
+// How a CUDA device runs a layer. A pure function of the layer and the device: no CUDA headers.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "csrc/core/params.h"
+
+namespace rnn_fused {
+
+struct GpuProperties {
+  int compute_capability;  // 10 * major + minor
+  int sm_count;
+  int64_t registers_per_sm;
+  int64_t shared_per_sm;     // bytes
+  int64_t shared_per_block;  // bytes, with opt-in
+};
+
+enum class Family { stepwise, persistent };
+
+// Of float32 products; 16-bit types have but one.
+enum class Precision { exact, tf32 };
+
+struct CudaPlan {
+  Family family = Family::stepwise;
+  // Of the persistent kernels; all 0 for the stepwise ones.
+  int units = 0;             // hidden units of a block
+  int warps = 0;             // of a block
+  int k_blocks = 0;          // runs of 32 of h that a warp multiplies
+  int batch_tile = 0;        // sequences of a pass
+  int64_t blocks = 0;        // of all directions
+  int64_t shared_bytes = 0;  // of a block
+  std::string why;           // the limit that rules out the persistent kernels; empty for those
+};
+
+CudaPlan plan_cuda(const LayerShape& shape, Precision precision, const GpuProperties& gpu,
+                   bool backward);
+
+// What the plan and the persistent kernels agree on.
+namespace persistent {
+
+constexpr int kUnits = 8;
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kRun = 32;  // consecutive values of h that a warp multiplies at a time
+constexpr int kMaxKBlocks = 4;
+constexpr int kMaxBatchTile = 64;
+constexpr int kMinBatchTile = 16;  // the rows of one mma
+
+// Blocks that the registers of an SM, 65536, must have room for: the kernels' launch bounds, and
+// what the plan relies on. A spill fails the build.
+constexpr int blocks_per_sm(int64_t element_bytes, int k_blocks) {
+  return element_bytes * k_blocks <= 4 ? 2 : 1;
+}
+
+// Sums of a unit that one warp leaves in shared memory: one, or a float4 of up to four gates.
+constexpr int sum_slots(int columns) { return columns == 1 ? 1 : 4; }
+
+// Floats from sequence to sequence of these. The four more make 16-byte accesses free of bank
+// conflicts, whether lanes are units or sequences.
+constexpr int sum_pitch(int columns) { return columns == 1 ? kUnits : 4 * kUnits + 4; }
+
+// State kept in shared memory, floats per sequence and unit: c, or h of a GRU, in the forward pass;
+// dh, and dc of an LSTM, in the backward pass.
+constexpr int state_count(Cell cell, bool backward) {
+  if (backward) return cell == Cell::lstm ? 2 : 1;
+  return cell == Cell::lstm || cell == Cell::gru ? 1 : 0;
+}
+
+}  // namespace persistent
+}  // namespace rnn_fused
