@@ -116,9 +116,9 @@ struct Forward {
 };
 
 // `products`: W_ih x of each direction, [N, G*H] in the layer's type, or null for the kernel to
-// multiply.
-inline Forward run_forward(Isa isa, const Layer& l, const Host& host, bool save,
-                           const Array* products = nullptr) {
+// multiply. kernel(params) runs the pass.
+template <class Kernel>
+Forward run_forward(const Layer& l, bool save, const Array* products, const Kernel& kernel) {
   Forward result(l, l.dtype, accumulation(l.dtype), save);
   const int64_t GH = l.G() * l.H;
   const int64_t gates_stride = l.rnn() ? l.output_stride() : save ? l.S() * l.H : GH;
@@ -142,8 +142,14 @@ inline Forward run_forward(Isa isa, const Layer& l, const Host& host, bool save,
         l.weights(d), l.direction[d].weight_ih.at(0), gates, out.cells.at(0), output, out.h_n.at(0),
         out.c_n.at(0)};
   }
-  cpu_forward(isa, params, host);
+  kernel(params);
   return result;
+}
+
+inline Forward run_forward(Isa isa, const Layer& l, const Host& host, bool save,
+                           const Array* products = nullptr) {
+  return run_forward(l, save, products,
+                     [&](const ForwardParams& params) { cpu_forward(isa, params, host); });
 }
 
 // The gradients that come from outside; absent ones are zero.
@@ -179,8 +185,9 @@ struct Backward {
   bool operator==(const Backward&) const = default;
 };
 
-inline Backward run_backward(Isa isa, const Layer& l, const Host& host, const Forward& forward,
-                             const Upstream& upstream) {
+template <class Kernel>
+Backward run_backward(const Layer& l, const Forward& forward, const Upstream& upstream,
+                      const Kernel& kernel) {
   Backward result(l, l.dtype);
   BackwardParams params{l.shape(), {}, l.output_stride()};
   for (int d = 0; d < l.directions; ++d) {
@@ -199,8 +206,14 @@ inline Backward run_backward(Isa isa, const Layer& l, const Host& host, const Fo
                            out.h0.at(0),
                            out.c0.at(0)};
   }
-  cpu_backward(isa, params, host);
+  kernel(params);
   return result;
+}
+
+inline Backward run_backward(Isa isa, const Layer& l, const Host& host, const Forward& forward,
+                             const Upstream& upstream) {
+  return run_backward(l, forward, upstream,
+                      [&](const BackwardParams& params) { cpu_backward(isa, params, host); });
 }
 
 }  // namespace rnn_fused

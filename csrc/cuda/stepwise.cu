@@ -1,0 +1,317 @@
+#include "csrc/cuda/stepwise.h"
+
+#include <algorithm>
+
+#include "csrc/cuda/stepwise_kernels.cuh"
+
+namespace rnn_fused {
+namespace gpu {
+namespace {
+
+template <class Params>
+void launch_for(int64_t threads, void (*kernel)(Params), const Params& params,
+                cudaStream_t stream) {
+  const int64_t blocks = (threads + kStepThreads - 1) / kStepThreads;
+  if (blocks > 0) launch(kernel, static_cast<unsigned>(blocks), kStepThreads, 0, stream, params);
+}
+
+template <class InA, class InB, class Out>
+void add(const Sum<InA, InB, Out>& sum, cudaStream_t stream) {
+  launch_for(sum.rows * sum.columns, add_matrices<InA, InB, Out>, sum, stream);
+}
+
+// Copies a matrix between storage types; null gives zeros.
+template <class In, class Out>
+void convert(const In* from, int64_t from_stride, Out* to, int64_t to_stride, int64_t rows,
+             int64_t columns, cudaStream_t stream) {
+  add(Sum<In, In, Out>{rows, columns, from, from_stride, nullptr, 0, to, to_stride}, stream);
+}
+
+// Hands out the workspace from its beginning; without one, counts its bytes.
+class Carver {
+ public:
+  explicit Carver(void* workspace = nullptr) : base_(reinterpret_cast<uintptr_t>(workspace)) {}
+  int64_t bytes() const { return static_cast<int64_t>(used_); }
+
+  template <class T>
+  T* take(int64_t count) {
+    constexpr uintptr_t kAlignment = 256;
+    T* taken = reinterpret_cast<T*>(base_ + used_);
+    used_ += (static_cast<uintptr_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    return taken;
+  }
+
+ private:
+  uintptr_t base_, used_ = 0;
+};
+
+// Where a step comes from: of the sequences that are active at t, `known` were at the step before.
+struct Before {
+  int64_t row, known;
+};
+Before before(const LayerShape& s, int d, int64_t t) {
+  const int64_t other = d == 0 ? t - 1 : t + 1;
+  if (other < 0 || other >= s.T) return {0, 0};
+  return {s.row(other), std::min(s.active(t), s.active(other))};
+}
+
+template <class T, Cell kCell>
+class Forward {
+  using A = Acc<T>;
+  static constexpr bool kLstm = kCell == Cell::lstm;
+  static constexpr int kGates = gate_count(kCell);
+
+  struct Workspace {
+    A* sums = nullptr;    // [B, G*H] W_hh h
+    A* c = nullptr;       // [B, H]; LSTM
+    T* hidden = nullptr;  // [B, H] o * tanh(c) before the projection
+
+    void take(Carver& carver, const LayerShape& s) {
+      sums = carver.take<A>(s.B * kGates * s.H);
+      if (kLstm) c = carver.take<A>(s.B * s.H);
+      if (s.projected()) hidden = carver.take<T>(s.B * s.H);
+    }
+  };
+
+ public:
+  static int64_t workspace_bytes(const LayerShape& s) {
+    Carver carver;
+    for (int d = 0; d < s.directions; ++d) Workspace().take(carver, s);
+    return carver.bytes();
+  }
+
+  Forward(const ForwardParams& params, void* workspace, const DeviceProduct& product,
+          cudaStream_t stream)
+      : p_(params), product_(product), stream_(stream) {
+    Carver carver(workspace);
+    for (int d = 0; d < p_.directions; ++d) workspaces_[d].take(carver, p_);
+  }
+
+  void run() {
+    if constexpr (kLstm)
+      for (int d = 0; d < p_.directions; ++d)
+        convert(static_cast<const T*>(p_.direction[d].c0), p_.H, workspaces_[d].c, p_.H, p_.B, p_.H,
+                stream_);
+    for (int64_t s = 0; s < p_.T; ++s)
+      for (int d = 0; d < p_.directions; ++d) step(d, d == 0 ? s : p_.T - 1 - s);
+  }
+
+ private:
+  void step(int d, int64_t t) {
+    const ForwardDirection& dir = p_.direction[d];
+    const Workspace& w = workspaces_[d];
+    const int64_t row = p_.row(t), count = p_.active(t);
+    const auto [row_before, known] = before(p_, d, t);
+    T* const output = static_cast<T*>(dir.output);
+    const T* const h_before = output + row_before * p_.output_stride;
+    const T* const h0 = static_cast<const T*>(dir.h0);
+
+    multiply_recurrent(dir, h_before, p_.output_stride, 0, known, w.sums);
+    multiply_recurrent(dir, h0 + known * p_.P, p_.P, known, count, w.sums);
+
+    // Of the forward direction, the sequences that the next step no longer has end here.
+    const int64_t ending = d == 1 ? (t == 0 ? 0 : count) : t + 1 < p_.T ? p_.active(t + 1) : 0;
+    T* const h = output + row * p_.output_stride;
+    ForwardStep<T> step{};
+    step.count = count;
+    step.H = p_.H;
+    step.sums = w.sums;
+    step.bias_ih = static_cast<const T*>(dir.bias_ih);
+    step.bias_hh = static_cast<const T*>(dir.bias_hh);
+    step.gates = static_cast<T*>(dir.gates) + row * p_.gates_stride;
+    step.gates_stride = p_.gates_stride;
+    step.h = p_.projected() ? w.hidden : h;
+    step.h_stride = p_.projected() ? p_.H : p_.output_stride;
+    step.h_prev = {h_before, p_.output_stride, h0, p_.P, known};
+    step.c = w.c;
+    step.cells = p_.save && kLstm ? static_cast<A*>(dir.cells) + row * p_.H : nullptr;
+    step.c_n = static_cast<T*>(dir.c_n);
+    step.ending = ending;
+    step.save = p_.save;
+    launch_for(count * p_.H, forward_step<T, kCell>, step, stream_);
+
+    if (p_.projected())
+      product_({w.hidden, p_.dtype, count, p_.H, p_.H, 1},
+               {dir.weight_hr, p_.dtype, p_.H, p_.P, 1, p_.H},
+               {h, p_.dtype, count, p_.P, p_.output_stride, 1});
+    convert(h + ending * p_.output_stride, p_.output_stride,
+            static_cast<T*>(dir.h_n) + ending * p_.P, p_.P, count - ending, p_.P, stream_);
+  }
+
+  // sums[begin:end] = h @ W_hh^T
+  void multiply_recurrent(const ForwardDirection& dir, const T* h, int64_t stride, int64_t begin,
+                          int64_t end, A* sums) const {
+    const int64_t GH = kGates * p_.H;
+    product_({h, p_.dtype, end - begin, p_.P, stride, 1},
+             {dir.weight_hh, p_.dtype, p_.P, GH, 1, p_.P},
+             {sums + begin * GH, accumulation_type(p_.dtype), end - begin, GH, GH, 1});
+  }
+
+  const ForwardParams& p_;
+  const DeviceProduct& product_;
+  const cudaStream_t stream_;
+  Workspace workspaces_[2];
+};
+
+template <class T, Cell kCell>
+class Backward {
+  using A = Acc<T>;
+  static constexpr bool kLstm = kCell == Cell::lstm;
+  static constexpr bool kGru = kCell == Cell::gru;
+  static constexpr int kGates = gate_count(kCell);
+
+  struct Workspace {
+    A* dh = nullptr;       // [B, P] from later steps, through W_hh
+    A* direct = nullptr;   // [B, H] and through z * h; GRU
+    A* dc = nullptr;       // [B, H]; LSTM
+    A* dhidden = nullptr;  // [B, H] of o * tanh(c), with a projection
+    T* operand = nullptr;  // [B, 3*H] what W_hh is multiplied with; GRU
+
+    void take(Carver& carver, const LayerShape& s) {
+      dh = carver.take<A>(s.B * s.P);
+      if (kGru) direct = carver.take<A>(s.B * s.H);
+      if (kLstm) dc = carver.take<A>(s.B * s.H);
+      if (s.projected()) dhidden = carver.take<A>(s.B * s.H);
+      if (kGru) operand = carver.take<T>(s.B * kGates * s.H);
+    }
+  };
+
+ public:
+  static int64_t workspace_bytes(const LayerShape& s) {
+    Carver carver;
+    for (int d = 0; d < s.directions; ++d) Workspace().take(carver, s);
+    return carver.bytes();
+  }
+
+  Backward(const BackwardParams& params, void* workspace, const DeviceProduct& product,
+           cudaStream_t stream)
+      : p_(params), product_(product), stream_(stream) {
+    Carver carver(workspace);
+    for (int d = 0; d < p_.directions; ++d) workspaces_[d].take(carver, p_);
+  }
+
+  void run() {
+    for (int d = 0; d < p_.directions; ++d) begin(d);
+    for (int64_t s = 0; s < p_.T; ++s)
+      for (int d = 0; d < p_.directions; ++d) step(d, d == 0 ? p_.T - 1 - s : s);
+    for (int d = 0; d < p_.directions; ++d) end(d);
+  }
+
+ private:
+  void begin(int d) {
+    const BackwardDirection& dir = p_.direction[d];
+    const Workspace& w = workspaces_[d];
+    convert(static_cast<const T*>(dir.grad_h_n), p_.P, w.dh, p_.P, p_.B, p_.P, stream_);
+    if constexpr (kLstm)
+      convert(static_cast<const T*>(dir.grad_c_n), p_.H, w.dc, p_.H, p_.B, p_.H, stream_);
+    if constexpr (kGru) zero(w.direct, p_.B * p_.H * sizeof(A), stream_);
+  }
+
+  void step(int d, int64_t t) {
+    const BackwardDirection& dir = p_.direction[d];
+    const Workspace& w = workspaces_[d];
+    constexpr int kSaved = saved_count(kCell);
+    const int64_t row = p_.row(t), count = p_.active(t), GH = kGates * p_.H;
+    const auto [row_before, known] = before(p_, d, t);
+    const T* const output = static_cast<const T*>(dir.output);
+    const T* const gates = static_cast<const T*>(dir.gates);
+    const A* const cells = static_cast<const A*>(dir.cells);
+    const T* grad_output = static_cast<const T*>(dir.grad_output);
+    if (grad_output) grad_output += row * p_.output_stride;
+
+    if (p_.projected()) {  // through h = W_hr (o * tanh(c))
+      T* const total = static_cast<T*>(dir.grad_projected) + row * p_.P;
+      add(Sum<A, T, T>{count, p_.P, w.dh, p_.P, grad_output, p_.output_stride, total, p_.P},
+          stream_);
+      product_({total, p_.dtype, count, p_.P, p_.P, 1},
+               {dir.weight_hr, p_.dtype, p_.P, p_.H, p_.H, 1},
+               {w.dhidden, accumulation_type(p_.dtype), count, p_.H, p_.H, 1});
+      grad_output = nullptr;
+    }
+    BackwardStep<T> step{};
+    step.count = count;
+    step.H = p_.H;
+    step.gates = gates ? gates + row * kSaved * p_.H : nullptr;
+    step.cells = cells ? cells + row * p_.H : nullptr;
+    step.c_prev = {cells ? cells + row_before * p_.H : nullptr, p_.H, static_cast<const T*>(dir.c0),
+                   p_.H, known};
+    step.output = output + row * p_.output_stride;
+    step.output_stride = p_.output_stride;
+    step.h_prev = {output + row_before * p_.output_stride, p_.output_stride,
+                   static_cast<const T*>(dir.h0), p_.P, known};
+    step.dh = p_.projected() ? w.dhidden : w.dh;
+    step.direct = w.direct;
+    step.grad_output = grad_output;
+    step.dc = w.dc;
+    step.grad_gates = static_cast<T*>(dir.grad_gates) + row * kSaved * p_.H;
+    step.operand = w.operand;
+    step.hidden = p_.projected() ? static_cast<T*>(dir.hidden) + row * p_.H : nullptr;
+    launch_for(count * p_.H, backward_step<T, kCell>, step, stream_);
+
+    product_({kGru ? step.operand : step.grad_gates, p_.dtype, count, GH, GH, 1},
+             {dir.weight_hh, p_.dtype, GH, p_.P, p_.P, 1},
+             {w.dh, accumulation_type(p_.dtype), count, p_.P, p_.P, 1});
+  }
+
+  void end(int d) {
+    const BackwardDirection& dir = p_.direction[d];
+    const Workspace& w = workspaces_[d];
+    add(Sum<A, A, T>{p_.B, p_.P, w.dh, p_.P, w.direct, p_.H, static_cast<T*>(dir.grad_h0), p_.P},
+        stream_);
+    if constexpr (kLstm)
+      convert(static_cast<const A*>(w.dc), p_.H, static_cast<T*>(dir.grad_c0), p_.H, p_.B, p_.H,
+              stream_);
+  }
+
+  const BackwardParams& p_;
+  const DeviceProduct& product_;
+  const cudaStream_t stream_;
+  Workspace workspaces_[2];
+};
+
+// Calls body with the loop's class for a cell and a dtype.
+template <template <class, Cell> class Loop, class Body>
+void with_loop(const LayerShape& shape, const Body& body) {
+  with_type(shape.dtype, [&](auto storage) {
+    with_cell(shape.cell, [&](auto cell) {
+      body(std::type_identity<Loop<decltype(storage), decltype(cell)::value>>());
+    });
+  });
+}
+
+template <template <class, Cell> class Loop>
+int64_t workspace_bytes(const LayerShape& shape) {
+  int64_t bytes = 0;
+  with_loop<Loop>(shape, [&](auto loop) { bytes = decltype(loop)::type::workspace_bytes(shape); });
+  return bytes;
+}
+
+template <template <class, Cell> class Loop, class Params>
+void run(const Params& params, void* workspace, const DeviceProduct& product, cudaStream_t stream) {
+  with_loop<Loop>(params, [&](auto loop) {
+    typename decltype(loop)::type(params, workspace, product, stream).run();
+  });
+}
+
+}  // namespace
+}  // namespace gpu
+
+int64_t stepwise_forward_workspace(const LayerShape& shape) {
+  return gpu::workspace_bytes<gpu::Forward>(shape);
+}
+
+void stepwise_forward(const ForwardParams& params, void* workspace, const DeviceProduct& product,
+                      cudaStream_t stream) {
+  gpu::run<gpu::Forward>(params, workspace, product, stream);
+}
+
+int64_t stepwise_backward_workspace(const LayerShape& shape) {
+  return gpu::workspace_bytes<gpu::Backward>(shape);
+}
+
+void stepwise_backward(const BackwardParams& params, void* workspace, const DeviceProduct& product,
+                       cudaStream_t stream) {
+  gpu::run<gpu::Backward>(params, workspace, product, stream);
+}
+
+}  // namespace rnn_fused

@@ -1,0 +1,177 @@
+// What the stepwise loops do between two products: one thread for each hidden unit of each sequence
+// that is active. A step reads the sums of the product and W_ih x once and writes its results once;
+// at the sizes that run here the launches bound it, not these bytes.
+#pragma once
+
+#include "csrc/core/cells.h"
+#include "csrc/cuda/math.cuh"
+#include "csrc/cuda/primitives.cuh"
+#include "csrc/cuda/storage.cuh"
+
+namespace rnn_fused::gpu {
+
+constexpr int kStepThreads = 256;
+
+// Rows [rows, columns] that lie in two pieces: sequences below `known` have their state of the step
+// before in `before`, the others begin with this step and have it in `initial`.
+template <class T, class Initial = T>
+struct Previous {
+  const T* before;         // [known, stride]
+  int64_t stride;          // elements
+  const Initial* initial;  // [B, columns]
+  int64_t columns, known;
+
+  __device__ Acc<T> at(int64_t b, int64_t j) const {
+    return b < known ? to_acc(before[b * stride + j]) : to_acc(initial[b * columns + j]);
+  }
+};
+
+template <class T>
+struct ForwardStep {
+  using A = Acc<T>;
+  int64_t count, H;            // active sequences
+  const A* sums;               // [count, G*H] W_hh h
+  const T *bias_ih, *bias_hh;  // [G*H] or null
+  T* gates;                    // [count, gates_stride] W_ih x; then the activated gates, if save
+  int64_t gates_stride;        //
+  T* h;                        // [count, h_stride] may be `gates` of an RNN
+  int64_t h_stride;            //
+  Previous<T> h_prev;          // GRU
+  A *c, *cells;                // [B, H] from step to step; [count, H] to save, or null; LSTM
+  T* c_n;                      // [B, H] of the sequences that end with this step; LSTM
+  int64_t ending;              // the first of those
+  bool save;
+};
+
+template <class T, Cell kCell>
+__global__ void __launch_bounds__(kStepThreads) forward_step(ForwardStep<T> p) {
+  using A = Acc<T>;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= p.count * p.H) return;
+  const int64_t b = i / p.H, j = i % p.H;
+  constexpr int kGates = gate_count(kCell);
+  T* gates = p.gates + b * p.gates_stride + j;
+  const auto input = [&](int gate) {  // W_ih x + b_ih
+    const A bias = p.bias_ih ? to_acc(p.bias_ih[gate * p.H + j]) : A(0);
+    return to_acc(gates[gate * p.H]) + bias;
+  };
+  const auto recurrent = [&](int gate) {  // W_hh h + b_hh
+    const A bias = p.bias_hh ? to_acc(p.bias_hh[gate * p.H + j]) : A(0);
+    return p.sums[(b * kGates + gate) * p.H + j] + bias;
+  };
+  const auto save = [&](int gate, A value) { gates[gate * p.H] = from_acc<T>(value); };
+  A h;
+  if constexpr (kCell == Cell::lstm) {
+    LstmGates<A> a = {input(0) + recurrent(0), input(1) + recurrent(1), input(2) + recurrent(2),
+                      input(3) + recurrent(3)};
+    const LstmState<A> state = lstm_forward<Math>(a, p.c[i]);
+    h = state.h;
+    p.c[i] = state.c;
+    if (b >= p.ending) p.c_n[i] = from_acc<T>(state.c);
+    if (p.save) {
+      save(0, a.i);
+      save(1, a.f);
+      save(2, a.g);
+      save(3, a.o);
+      p.cells[i] = state.c;
+    }
+  } else if constexpr (kCell == Cell::gru) {
+    GruGates<A> a = {input(0) + recurrent(0), input(1) + recurrent(1), input(2), recurrent(2)};
+    h = gru_forward<Math>(a, p.h_prev.at(b, j));
+    if (p.save) {
+      save(0, a.r);
+      save(1, a.z);
+      save(2, a.n);
+      save(3, a.hn);
+    }
+  } else {
+    const A a = input(0) + recurrent(0);
+    h = kCell == Cell::rnn_tanh ? Math::tanh(a) : Math::relu(a);
+  }
+  p.h[b * p.h_stride + j] = from_acc<T>(h);
+}
+
+template <class T>
+struct BackwardStep {
+  using A = Acc<T>;
+  int64_t count, H;       // active sequences
+  const T* gates;         // [count, S*H] as saved; null for an RNN
+  const A* cells;         // [count, H] as saved; LSTM
+  Previous<A, T> c_prev;  // LSTM
+  const T* output;        // [count, output_stride] h of this step; RNN
+  int64_t output_stride;  //
+  Previous<T> h_prev;     // GRU
+  const A* dh;            // [count, H] what later steps leave through W_hh, or W_hr
+  A* direct;              // [B, H] and through z * h, which this step overwrites; GRU
+  const T* grad_output;   // [count, output_stride] or null
+  A* dc;                  // [B, H]; LSTM
+  T* grad_gates;          // [count, S*H]
+  T* operand;             // [count, 3*H] the gradients that reach W_hh, side by side; GRU
+  T* hidden;              // [count, H] o * tanh(c), with a projection; or null
+};
+
+template <class T, Cell kCell>
+__global__ void __launch_bounds__(kStepThreads) backward_step(BackwardStep<T> p) {
+  using A = Acc<T>;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= p.count * p.H) return;
+  const int64_t b = i / p.H, j = i % p.H;
+  constexpr int kSaved = saved_count(kCell);
+  const auto gate = [&](int saved) { return to_acc(p.gates[(b * kSaved + saved) * p.H + j]); };
+  const auto put = [&](int saved, A grad) {
+    p.grad_gates[(b * kSaved + saved) * p.H + j] = from_acc<T>(grad);
+  };
+  A dh = p.dh[i];
+  if (p.grad_output) dh += to_acc(p.grad_output[b * p.output_stride + j]);
+  if constexpr (kCell == Cell::lstm) {
+    const LstmGates<A> a = {gate(0), gate(1), gate(2), gate(3)};
+    const LstmGrads<A> g =
+        lstm_backward<Math>(a, p.cells[i], p.c_prev.at(b, j), dh, static_cast<A>(p.dc[i]));
+    put(0, g.gates.i);
+    put(1, g.gates.f);
+    put(2, g.gates.g);
+    put(3, g.gates.o);
+    p.dc[i] = g.c_prev;
+    if (p.hidden) p.hidden[i] = from_acc<T>(g.hidden);
+  } else if constexpr (kCell == Cell::gru) {
+    const GruGates<A> a = {gate(0), gate(1), gate(2), gate(3)};
+    const GruGrads<A> g = gru_backward(a, p.h_prev.at(b, j), dh + p.direct[i]);
+    put(0, g.gates.r);
+    put(1, g.gates.z);
+    put(2, g.gates.n);
+    put(3, g.gates.hn);
+    T* operand = p.operand + b * 3 * p.H + j;
+    operand[0] = from_acc<T>(g.gates.r);
+    operand[p.H] = from_acc<T>(g.gates.z);
+    operand[2 * p.H] = from_acc<T>(g.gates.hn);
+    p.direct[i] = g.h_prev;
+  } else {
+    const A h = to_acc(p.output[b * p.output_stride + j]);
+    put(0, kCell == Cell::rnn_tanh ? dh * (1 - h * h) : Math::relu_grad(h, dh));
+  }
+}
+
+// out = a + b, each a matrix [rows, columns] or null for zero.
+template <class InA, class InB, class Out>
+struct Sum {
+  int64_t rows, columns;
+  const InA* a;
+  int64_t a_stride;
+  const InB* b;
+  int64_t b_stride;
+  Out* out;
+  int64_t out_stride;
+};
+
+template <class InA, class InB, class Out>
+__global__ void __launch_bounds__(kStepThreads) add_matrices(Sum<InA, InB, Out> p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= p.rows * p.columns) return;
+  const int64_t r = i / p.columns, c = i % p.columns;
+  Acc<Out> sum = 0;
+  if (p.a) sum += to_acc(p.a[r * p.a_stride + c]);
+  if (p.b) sum += to_acc(p.b[r * p.b_stride + c]);
+  p.out[r * p.out_stride + c] = from_acc<Out>(sum);
+}
+
+}  // namespace rnn_fused::gpu
