@@ -16,6 +16,25 @@ settings.load_profile("rnn_fused")
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--emulated-cuda",
+        metavar="LIBRARY",
+        help="libemulated_ops.so: run layers on the CPU by the emulated CUDA kernels",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--emulated-cuda")
+    if path is None:
+        return
+    from rnn_fused import library
+
+    torch.ops.load_library(path)
+    for op in ("layer_forward", "layer_backward"):
+        setattr(library, op, getattr(torch.ops.rnn_fused_emulated, op).default)
+
+
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     """Each device in turn. RNN_FUSED_REQUIRE_CUDA=1 turns a missing GPU into a failure."""

@@ -15,6 +15,17 @@
 #include <tuple>
 #include <vector>
 
+// Absent from a torch without CUDA.
+extern "C" {
+__attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                        void** ret_stream);
+__attribute__((weak)) AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out,
+                                                               AtenTensorHandle self,
+                                                               AtenTensorHandle mat1,
+                                                               AtenTensorHandle mat2, double beta,
+                                                               double alpha);
+}
+
 // A RuntimeError with exactly this message: STD_TORCH_CHECK would put the C++ file and line before
 // it.
 #define RNN_FUSED_CHECK(condition, ...)               \
@@ -43,13 +54,13 @@ inline Tensor as_contiguous(const Tensor& t) {
 // Like torch.empty, on the device of `like`. The shim costs a quarter of a dispatched new_empty,
 // and a small layer is mostly such costs.
 inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes,
-                       std::optional<ScalarType> dtype = std::nullopt) {  // float32 or float64
+                       std::optional<ScalarType> dtype = std::nullopt) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;)
     strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   int32_t type = 0, device = 0, index = 0;
   if (dtype)
-    type = *dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+    type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
   else
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
@@ -60,7 +71,13 @@ inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes,
   return Tensor(tensor);
 }
 
-// A matrix inside a tensor's storage, `offset` elements from its first.
+// Part of a tensor's storage, `offset` elements from its first.
+inline Tensor vector(const Tensor& t, int64_t size, int64_t offset) {
+  const int64_t stride = 1;
+  AtenTensorHandle view = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 1, &size, &stride, offset, &view));
+  return Tensor(view);
+}
 inline Tensor matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t row_stride,
                      int64_t column_stride = 1, int64_t offset = 0) {
   const int64_t sizes[] = {rows, columns};
@@ -74,13 +91,27 @@ inline Tensor matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t row
 inline void matmul(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate = false) {
   using torch::stable::detail::from;
   if (accumulate) {  // not through the dispatcher: the stable ABI has no Scalar arguments
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
+    const auto addmm = out.is_cpu() ? aoti_torch_cpu_addmm_out : aoti_torch_cuda_addmm_out;
+    TORCH_ERROR_CODE_CHECK(addmm(out.get(), out.get(), a.get(), b.get(), 1, 1));
   } else {
     std::array<StableIValue, 3> stack = {from(a), from(b), from(out)};
     TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // releases the returned reference to out
   }
+}
+
+// out = a @ b for 16-bit a and b and out of float32. Only CUDA has it.
+inline void matmul_widened(const Tensor& a, const Tensor& b, const Tensor& out) {
+#ifdef RNN_FUSED_EMULATION
+  return matmul(torch::stable::to(a, ScalarType::Float), torch::stable::to(b, ScalarType::Float),
+                out);
+#endif
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack = {from(a), from(b), from(out.scalar_type()), from(out)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 }  // namespace rnn_fused

@@ -135,9 +135,16 @@ struct Layer {
     RNN_FUSED_CHECK(!input.defined() || t.scalar_type() == dtype(), "[", name, "] ", what,
                     " must have the dtype of input, ", torch::headeronly::toString(dtype()),
                     ", got ", torch::headeronly::toString(t.scalar_type()));
-    RNN_FUSED_CHECK(t.is_cpu(), "[", name, "] ", what,
-                    " must be on the CPU, as the other arguments are");
+    RNN_FUSED_CHECK(!input.defined() || same_device(t), "[", name, "] ", what,
+                    " must be on the device of input");
     return as_contiguous(t);
+  }
+
+  bool same_device(const Tensor& t) const { return t.device() == input.device(); }
+
+  Tensor allocate_if(bool wanted, const std::vector<int64_t>& sizes,
+                     std::optional<ScalarType> dtype = std::nullopt) const {
+    return allocate(input, wanted ? sizes : std::vector<int64_t>{0}, dtype);
   }
 
  private:

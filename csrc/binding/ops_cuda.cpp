@@ -1,33 +1,193 @@
 // The operators' CUDA implementations. USE_CUDA stays undefined, so this compiles and loads beside
-// a torch without CUDA: the one CUDA function needed of torch is a weak symbol.
+// a torch without CUDA: the few functions needed of its CUDA libraries are weak symbols.
+//
+// The tests also compile this file for the emulated kernels, as operators on CPU tensors.
 #include <torch/csrc/stable/accelerator.h>
 
-#include "csrc/binding/compat.h"
+#include "csrc/binding/passes.h"
 #include "csrc/cuda/probe.h"
-
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#include "csrc/cuda/stepwise.h"
 
 namespace rnn_fused {
 namespace {
 
-cudaStream_t current_cuda_stream(int32_t device_index) {
-  RNN_FUSED_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "CUDA tensors need a PyTorch with CUDA support, got one without");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
-  return static_cast<cudaStream_t>(stream);
+#ifndef RNN_FUSED_EMULATION
+
+// Makes the device of a tensor the current one, and knows its stream.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
+    RNN_FUSED_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                    "CUDA tensors need a PyTorch with CUDA support, got one without");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    this->stream = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t stream;
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+#else
+
+struct OnDevice {
+  explicit OnDevice(const Tensor&) {}
+  cudaStream_t stream = nullptr;
+};
+
+#endif
+
+ScalarType scalar_type(DType dtype) {
+  switch (dtype) {
+    case DType::f32: return ScalarType::Float;
+    case DType::f64: return ScalarType::Double;
+    case DType::bf16: return ScalarType::BFloat16;
+    case DType::f16: break;
+  }
+  return ScalarType::Half;
 }
 
-int64_t cuda_probe(Tensor device_of) {
-  const int32_t device = device_of.get_device_index();
-  torch::stable::accelerator::DeviceGuard guard(device);
-  Tensor scratch = allocate(device_of, {1}, ScalarType::Int);
-  return probe_cuda_arch(scratch.mutable_data_ptr<int32_t>(), current_cuda_stream(device));
+// The product of a step, by torch's library.
+struct TorchProduct {
+  const Tensor& like;  // of the device
+
+  Tensor tensor(const DeviceMatrix& m) const {
+    const int64_t sizes[] = {m.rows, m.columns}, strides[] = {m.row_stride, m.column_stride};
+    return torch::stable::from_blob(const_cast<void*>(m.data), {sizes, 2}, {strides, 2},
+                                    like.device(), scalar_type(m.dtype));
+  }
+
+  static void multiply(void* context, const DeviceMatrix& a, const DeviceMatrix& b,
+                       const DeviceMatrix& out) {
+    const auto& self = *static_cast<TorchProduct*>(context);
+    const Tensor left = self.tensor(a), right = self.tensor(b), result = self.tensor(out);
+    if (a.dtype == out.dtype)
+      matmul(left, right, result);
+    else
+      matmul_widened(left, right, result);
+  }
+
+  DeviceProduct product() { return {multiply, this}; }
+};
+
+Tensor workspace(const Layer& layer, int64_t bytes) {
+  return allocate(layer.input, {bytes}, ScalarType::Byte);
 }
+
+ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, Tensors weight_ih,
+                             Tensors weight_hh, Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
+                             OptionalTensor batch_sizes, std::string cell, bool save) {
+  const Layer layer(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes,
+                    cell);
+  const OnDevice device(layer.input);
+  const ForwardPass pass(layer, save, true);
+  if (layer.shape.B > 0) {
+    pass.multiply_input();
+    const Tensor scratch = workspace(layer, stepwise_forward_workspace(layer.shape));
+    TorchProduct torch{layer.input};
+    stepwise_forward(pass.params, scratch.mutable_data_ptr(), torch.product(), device.stream);
+  }
+  return pass.results();
+}
+
+// Everything behind the loop is large products of torch's.
+void input_gradient(const Layer& layer, const Tensor& grad_gates, const Tensor& grad_input) {
+  const int64_t N = layer.N, GH = layer.G() * layer.shape.H, SH = layer.S() * layer.shape.H;
+  for (int d = 0; d < layer.shape.directions; ++d)
+    matmul(matrix(grad_gates, N, GH, SH, 1, d * N * SH), layer.weight_ih[d],
+           matrix(grad_input, N, layer.I, layer.I), d > 0);
+}
+
+WeightGradients weight_gradients(const Layer& layer, const BackwardPass& pass,
+                                 cudaStream_t stream) {
+  const LayerShape& s = layer.shape;
+  const int64_t N = layer.N, I = layer.I, H = s.H, P = s.P, GH = layer.G() * H, SH = layer.S() * H;
+  WeightGradients grads(layer);
+  if (N == 0) {
+    for (Tensor& t : grads.all()) torch::stable::zero_(t);
+    return grads;
+  }
+  const Tensor x = matrix(layer.input, N, I, I);
+  const Tensor h = allocate(layer.input, {N, P});  // before each row's step
+  for (int d = 0; d < s.directions; ++d) {
+    gather_previous_h(pass.params, d, h.mutable_data_ptr(), stream);
+    const int64_t origin = d * N * SH;
+    // `count` gates from `first` on, times right, are the rows from `row` on of a gradient.
+    const auto product = [&](int64_t first, int64_t count, const Tensor& right, int64_t columns,
+                             const Tensor& grad, int64_t row) {
+      matmul(matrix(pass.grad_gates, count, N, 1, SH, origin + first), right,
+             matrix(grad, count, columns, columns, 1, row * columns));
+    };
+    const auto sum = [&](int64_t first, int64_t count, const Tensors& grad, int64_t row) {
+      if (grad.empty()) return;
+      const int64_t dim = 0;
+      Tensor total = vector(grad[d], count, row);
+      torch::stable::sum_out(total, matrix(pass.grad_gates, N, count, SH, 1, origin + first),
+                             {{&dim, 1}});
+    };
+    product(0, GH, x, I, grads.ih[d], 0);
+    sum(0, GH, grads.bias_ih, 0);
+    // hn of the GRU stands behind n.
+    const int64_t joint = s.cell == Cell::gru ? 2 * H : GH;
+    product(0, joint, h, P, grads.hh[d], 0);
+    sum(0, joint, grads.bias_hh, 0);
+    if (joint < GH) {
+      product(3 * H, H, h, P, grads.hh[d], joint);
+      sum(3 * H, H, grads.bias_hh, joint);
+    }
+    if (s.projected())
+      matmul(matrix(pass.grad_projected, P, N, 1, P, d * N * P),
+             matrix(pass.hidden, N, H, H, 1, d * N * H), grads.hr[d]);
+  }
+  return grads;
+}
+
+BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h_n,
+                               OptionalTensor grad_c_n, Tensor input, Tensor hx, OptionalTensor cx,
+                               Tensors weight_ih, Tensors weight_hh, Tensors bias_ih,
+                               Tensors bias_hh, Tensors weight_hr, OptionalTensor batch_sizes,
+                               std::string cell, Tensor output, Tensor gates, Tensor cells,
+                               bool need_input, bool need_state, bool need_weights) {
+  const Layer layer(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes,
+                    cell);
+  const OnDevice device(layer.input);
+  const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, output, gates, cells);
+  if (layer.shape.B > 0) {
+    const Tensor scratch = workspace(layer, stepwise_backward_workspace(layer.shape));
+    TorchProduct torch{layer.input};
+    stepwise_backward(pass.params, scratch.mutable_data_ptr(), torch.product(), device.stream);
+  }
+  Tensor grad_input = layer.allocate_if(need_input, layer.rows_shape(layer.I));
+  if (need_input && layer.N > 0) input_gradient(layer, pass.grad_gates, grad_input);
+  return {grad_input, need_state ? pass.grad_hx : layer.allocate_if(false, {}),
+          need_state ? pass.grad_cx : layer.allocate_if(false, {}),
+          need_weights ? weight_gradients(layer, pass, device.stream).all() : Tensors()};
+}
+
+#ifndef RNN_FUSED_EMULATION
+
+int64_t cuda_probe(Tensor device_of) {
+  const OnDevice device(device_of);
+  const Tensor scratch = allocate(device_of, {1}, ScalarType::Int);
+  return probe_cuda_arch(scratch.mutable_data_ptr<int32_t>(), device.stream);
+}
+
+#endif
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(rnn_fused, CUDA, m) { m.impl("cuda_probe", TORCH_BOX(&cuda_probe)); }
+#ifndef RNN_FUSED_EMULATION
+STABLE_TORCH_LIBRARY_IMPL(rnn_fused, CUDA, m) {
+  m.impl("layer_forward", TORCH_BOX(&layer_forward));
+  m.impl("layer_backward", TORCH_BOX(&layer_backward));
+  m.impl("cuda_probe", TORCH_BOX(&cuda_probe));
+}
+#else
+STABLE_TORCH_LIBRARY_IMPL(rnn_fused_emulated, CPU, m) {
+  m.impl("layer_forward", TORCH_BOX(&layer_forward));
+  m.impl("layer_backward", TORCH_BOX(&layer_backward));
+}
+#endif
 
 }  // namespace rnn_fused

@@ -3,7 +3,11 @@
 // D directions, G gates, P the size of h; weight lists have D entries, or none where absent.
 #include "csrc/binding/compat.h"
 
+#ifdef RNN_FUSED_EMULATION
+STABLE_TORCH_LIBRARY(rnn_fused_emulated, m) {
+#else
 STABLE_TORCH_LIBRARY(rnn_fused, m) {
+#endif
   // input [T, B, I], or packed [N, I] with batch_sizes [T] on the CPU; hx [D, B, P]; cx [D, B, H];
   // weight_ih [G*H, I], weight_hh [G*H, P], bias_* [G*H], weight_hr [P, H].
   // -> output, h_n, c_n, and for the backward pass gates [D, N, 4, H] and cells [D, N, H].

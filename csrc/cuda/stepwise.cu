@@ -269,6 +269,25 @@ class Backward {
   Workspace workspaces_[2];
 };
 
+template <class T>
+void gather(const BackwardParams& p, int d, T* out, cudaStream_t stream) {
+  const BackwardDirection& dir = p.direction[d];
+  const T* const output = static_cast<const T*>(dir.output);
+  const T* const h0 = static_cast<const T*>(dir.h0);
+  const auto copy = [&](const T* from, int64_t stride, int64_t row, int64_t rows) {
+    convert(from, stride, out + row * p.P, p.P, rows, p.P, stream);
+  };
+  for (int64_t t = 0; t < p.T; ++t) {
+    const auto [row_before, known] = before(p, d, t);
+    const int64_t row = p.row(t), count = p.active(t);
+    copy(h0 + known * p.P, p.P, row + known, count - known);
+    // Dense, all steps but one lie as far from their predecessors as the first of them.
+    const bool first_known = !p.batch_sizes && t == (d == 0 ? 1 : 0);
+    const int64_t rows = p.batch_sizes ? known : first_known ? (p.T - 1) * p.B : 0;
+    copy(output + row_before * p.output_stride, p.output_stride, row, rows);
+  }
+}
+
 // Calls body with the loop's class for a cell and a dtype.
 template <template <class, Cell> class Loop, class Body>
 void with_loop(const LayerShape& shape, const Body& body) {
@@ -312,6 +331,13 @@ int64_t stepwise_backward_workspace(const LayerShape& shape) {
 void stepwise_backward(const BackwardParams& params, void* workspace, const DeviceProduct& product,
                        cudaStream_t stream) {
   gpu::run<gpu::Backward>(params, workspace, product, stream);
+}
+
+void gather_previous_h(const BackwardParams& params, int direction, void* out,
+                       cudaStream_t stream) {
+  gpu::with_type(params.dtype, [&](auto storage) {
+    gpu::gather(params, direction, static_cast<decltype(storage)*>(out), stream);
+  });
 }
 
 }  // namespace rnn_fused

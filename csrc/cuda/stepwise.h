@@ -40,4 +40,7 @@ int64_t stepwise_backward_workspace(const LayerShape& shape);
 void stepwise_backward(const BackwardParams& params, void* workspace, const DeviceProduct& product,
                        cudaStream_t stream);
 
+// h before each row's step, what W_hh was multiplied with. out: [N, P].
+void gather_previous_h(const BackwardParams& params, int direction, void* out, cudaStream_t stream);
+
 }  // namespace rnn_fused

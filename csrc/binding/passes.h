@@ -1,0 +1,151 @@
+// The tensors of each pass and the params that point into them: what the devices share.
+#pragma once
+
+#include "csrc/binding/layer.h"
+
+namespace rnn_fused {
+
+// Element `offset` of t, or null where there is no tensor.
+inline void* at(const Tensor& t, int64_t offset) {
+  return static_cast<char*>(t.mutable_data_ptr()) + offset * t.element_size();
+}
+inline const void* at(const OptionalTensor& t, int64_t offset) {
+  return t ? static_cast<const char*>(t->const_data_ptr()) + offset * t->element_size() : nullptr;
+}
+
+using ForwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+struct ForwardPass {
+  Tensor output, h_n, c_n, gates, cells;
+  ForwardParams params;
+
+  // With input_in_gates the caller puts W_ih x into products() before the loop.
+  ForwardPass(const Layer& layer, bool save, bool input_in_gates) : layer_(layer) {
+    const LayerShape& s = layer.shape;
+    const int64_t D = layer.D(), N = layer.N;
+    output = allocate(layer.input, layer.rows_shape(D * s.P));
+    h_n = allocate(layer.input, {D, s.B, s.P});
+    c_n = layer.allocate_if(layer.lstm(), {D, s.B, s.H});
+    // The GRU's hn needs room only where it is saved; an RNN saves nothing but its output, and its
+    // pre-activations can lie where that will.
+    const int64_t stride = layer.rnn() ? D * s.P : (save ? layer.S() : layer.G()) * s.H;
+    const bool has_gates = !layer.rnn() && (save || input_in_gates);
+    gates = layer.allocate_if(has_gates, {D, N, stride / s.H, s.H});
+    cells = layer.allocate_if(save && layer.lstm(), {D, N, s.H}, layer.cell_dtype());
+    params = {s, {}, layer.input.const_data_ptr(), layer.I, input_in_gates, stride, D * s.P, save};
+    for (int d = 0; d < s.directions; ++d)
+      params.direction[d] = {layer.direction(d),
+                             layer.weight_ih[d].const_data_ptr(),
+                             has_gates || layer.rnn() ? at(place(), origin(d)) : nullptr,
+                             cells.numel() ? at(cells, d * N * s.H) : nullptr,
+                             at(output, d * s.P),
+                             at(h_n, d * s.B * s.P),
+                             layer.lstm() ? at(c_n, d * s.B * s.H) : nullptr};
+  }
+
+  // W_ih x by torch's library.
+  void multiply_input() const {
+    const int64_t N = layer_.N, I = layer_.I, GH = layer_.G() * layer_.shape.H;
+    for (int d = 0; d < layer_.shape.directions; ++d)
+      matmul(matrix(layer_.input, N, I, I), matrix(layer_.weight_ih[d], I, GH, 1, I),
+             matrix(place(), N, GH, params.gates_stride, 1, origin(d)));
+  }
+
+  ForwardTensors results() const {
+    return {output, h_n, c_n, params.save ? gates : layer_.allocate_if(false, {}), cells};
+  }
+
+ private:
+  const Tensor& place() const { return layer_.rnn() ? output : gates; }
+  int64_t origin(int d) const {
+    return layer_.rnn() ? d * layer_.shape.P : d * layer_.N * params.gates_stride;
+  }
+
+  const Layer& layer_;
+};
+
+using BackwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensors>;
+
+struct BackwardPass {
+  Tensor output, gates, cells;  // of the forward pass
+  OptionalTensor grad_output, grad_h_n, grad_c_n;
+  Tensor grad_gates, grad_projected, hidden, grad_hx, grad_cx;
+  BackwardParams params;
+
+  BackwardPass(const Layer& layer, const OptionalTensor& grad_output_,
+               const OptionalTensor& grad_h_n_, const OptionalTensor& grad_c_n_,
+               const Tensor& output_, const Tensor& gates_, const Tensor& cells_) {
+    const LayerShape& s = layer.shape;
+    const int64_t D = layer.D(), N = layer.N, H = s.H, SH = layer.S() * H;
+    output = layer.checked(output_, "output", layer.rows_shape(D * s.P), "[..., D*P]");
+    if (!layer.rnn())
+      gates = layer.checked(gates_, "gates", {D, N, layer.S(), H},
+                            "[D, N, 4, H] (saved by the forward pass)");
+    if (layer.lstm()) {
+      RNN_FUSED_CHECK(cells_.numel() == D * N * H && cells_.scalar_type() == layer.cell_dtype() &&
+                          layer.same_device(cells_),
+                      "[lstm] cells must be what the forward pass saved, [D, N, H] = ", D * N * H,
+                      " values, got ", shape_string(cells_.sizes()));
+      cells = as_contiguous(cells_);
+    }
+    const auto gradient = [&](const OptionalTensor& t, const char* what,
+                              std::vector<int64_t> sizes) {
+      return t ? layer.checked(*t, what, sizes, "") : OptionalTensor();
+    };
+    grad_output = gradient(grad_output_, "grad_output", layer.rows_shape(D * s.P));
+    grad_h_n = gradient(grad_h_n_, "grad_h_n", {D, s.B, s.P});
+    if (layer.lstm()) grad_c_n = gradient(grad_c_n_, "grad_c_n", {D, s.B, H});
+
+    grad_gates = allocate(layer.input, {D, N, SH});
+    grad_projected = layer.allocate_if(s.projected(), {D, N, s.P});
+    hidden = layer.allocate_if(s.projected(), {D, N, H});
+    grad_hx = allocate(layer.input, {D, s.B, s.P});
+    grad_cx = layer.allocate_if(layer.lstm(), {D, s.B, H});
+    params = {s, {}, D * s.P};
+    for (int d = 0; d < s.directions; ++d) {
+      const OptionalTensor saved_gates = layer.rnn() ? OptionalTensor() : gates;
+      const OptionalTensor saved_cells = layer.lstm() ? OptionalTensor(cells) : OptionalTensor();
+      params.direction[d] = {layer.direction(d),
+                             at(saved_gates, d * N * SH),
+                             at(saved_cells, d * N * H),
+                             at(output, d * s.P),
+                             at(grad_output, d * s.P),
+                             at(grad_h_n, d * s.B * s.P),
+                             layer.lstm() ? at(grad_c_n, d * s.B * H) : nullptr,
+                             at(grad_gates, d * N * SH),
+                             s.projected() ? at(grad_projected, d * N * s.P) : nullptr,
+                             s.projected() ? at(hidden, d * N * H) : nullptr,
+                             at(grad_hx, d * s.B * s.P),
+                             layer.lstm() ? at(grad_cx, d * s.B * H) : nullptr};
+    }
+  }
+};
+
+// The gradient of one direction's weights, allocated.
+struct WeightGradients {
+  Tensors ih, hh, bias_ih, bias_hh, hr;
+
+  explicit WeightGradients(const Layer& layer) {
+    const LayerShape& s = layer.shape;
+    const int64_t GH = layer.G() * s.H;
+    for (int64_t d = 0; d < layer.D(); ++d) {
+      ih.push_back(allocate(layer.input, {GH, layer.I}));
+      hh.push_back(allocate(layer.input, {GH, s.P}));
+      if (!layer.bias_ih.empty()) {
+        bias_ih.push_back(allocate(layer.input, {GH}));
+        bias_hh.push_back(allocate(layer.input, {GH}));
+      }
+      if (s.projected()) hr.push_back(allocate(layer.input, {s.P, s.H}));
+    }
+  }
+
+  // In the order of the operator's arguments.
+  Tensors all() const {
+    Tensors tensors;
+    for (const Tensors* list : {&ih, &hh, &bias_ih, &bias_hh, &hr})
+      tensors.insert(tensors.end(), list->begin(), list->end());
+    return tensors;
+  }
+};
+
+}  // namespace rnn_fused
