@@ -7,6 +7,7 @@ from . import ops, reference
 from .build_info import build_info
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import convert, revert
+from .families import kernels
 from .modules import GRU, LSTM, RNN
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "__version__",
     "build_info",
     "convert",
+    "kernels",
     "ops",
     "reference",
     "revert",

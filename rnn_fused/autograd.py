@@ -21,6 +21,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
 from . import library, reference
+from .library import Call
 from .reference import LayerWeights
 
 Slots = Sequence[Tensor | None]
@@ -57,17 +58,18 @@ class LayerForward(Function):
 
     @staticmethod
     def forward(
-        cell: str, save: bool, batch_sizes: Tensor | None, *primals: Tensor | None
+        call: Call, save: bool, batch_sizes: Tensor | None, *primals: Tensor | None
     ) -> tuple[Tensor, ...]:
         with library.below_autograd():
             outputs: tuple[Tensor, ...] = library.layer_forward(
-                *primals[:3], *unflatten(primals[3:]), batch_sizes, cell, save
+                *(*primals[:3], *unflatten(primals[3:]), batch_sizes),
+                *(call.cell, save, call.kernels, call.allow_tf32),
             )
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-        ctx.cell, _, batch_sizes, *primals = inputs
+        ctx.call, _, batch_sizes, *primals = inputs
         output, _, c_n, gates, cells = outputs
         ctx.save_for_backward(batch_sizes, output, gates, cells, *primals)
         ctx.mark_non_differentiable(gates, cells, *([c_n] if primals[2] is None else []))
@@ -79,10 +81,10 @@ class LayerForward(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        cell, save, batch_sizes, input, hx, cx, *slots = args
+        call, save, batch_sizes, input, hx, cx, *slots = args
         if batch_sizes is not None or any(dim is not None for dim in in_dims[6:]):
             return _loop_over_samples(LayerForward, info, in_dims, args)
-        return _fold_samples(info.batch_size, in_dims[3:6], cell, save, input, hx, cx, slots)
+        return _fold_samples(info.batch_size, in_dims[3:6], call, save, input, hx, cx, slots)
 
 
 class LayerBackward(Function):
@@ -90,7 +92,7 @@ class LayerBackward(Function):
 
     @staticmethod
     def forward(
-        cell: str,
+        call: Call,
         need_input: bool,
         need_state: bool,
         need_weights: bool,
@@ -107,13 +109,14 @@ class LayerBackward(Function):
         with library.below_autograd():
             *gradients, grad_weights = library.layer_backward(
                 *(*grads, *primals[:3], *unflatten(primals[3:]), batch_sizes),
-                *(cell, output, gates, cells, need_input, need_state, need_weights),
+                *(call.cell, output, gates, cells, need_input, need_state, need_weights),
+                *(call.kernels, call.allow_tf32),
             )
         return *gradients, *grad_weights
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-        ctx.cell, need_input, need_state, _, batch_sizes, _, _, _, *grads_and_primals = inputs
+        ctx.call, need_input, need_state, _, batch_sizes, _, _, _, *grads_and_primals = inputs
         ctx.save_for_backward(batch_sizes, *grads_and_primals)
         computed = need_input, need_state, need_state and grads_and_primals[5] is not None
         empty = [gradient for gradient, c in zip(outputs[:3], computed, strict=True) if not c]
@@ -141,11 +144,11 @@ def first_order(ctx: Any, grads: Slots, needed: Sequence[bool | None]) -> list[T
     """The gradients of the primals that are needed, from those of LayerForward's outputs."""
     batch_sizes, output, gates, cells, *primals = ctx.saved_tensors
     if forward_mode() or batched_grads(grads):
-        return reference_vjp(ctx.cell, batch_sizes, grads[:3], primals)
+        return reference_vjp(ctx.call.cell, batch_sizes, grads[:3], primals)
     needs_input, needs_hx, needs_cx, *needs_weight = map(bool, needed)
     needs = needs_input, needs_hx or needs_cx, any(needs_weight)
     differentiable = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-    args = ctx.cell, *needs, batch_sizes, output, gates, cells, *grads[:3], *primals
+    args = ctx.call, *needs, batch_sizes, output, gates, cells, *grads[:3], *primals
     gradients = apply(LayerBackward, *args) if differentiable else LayerBackward.forward(*args)
     weights = iter(gradients[3:])
     slots = [None if w is None else next(weights, None) for w in primals[3:]]
@@ -160,7 +163,7 @@ def second_order(ctx: Any, grads: Slots) -> list[Tensor | None]:
     batch_sizes, *tensors = ctx.saved_tensors
 
     def backward(*tensors: Tensor | None) -> list[Tensor]:
-        gradients = reference_vjp(ctx.cell, batch_sizes, tensors[:3], tensors[3:])
+        gradients = reference_vjp(ctx.call.cell, batch_sizes, tensors[:3], tensors[3:])
         return [g for g in gradients if g is not None]
 
     without_cx = tensors[5] is None
@@ -217,7 +220,7 @@ def _loop_over_samples(
 def _fold_samples(
     V: int,
     dims: Sequence[int | None],
-    cell: str,
+    call: Call,
     save: bool,
     input: Tensor,
     hx: Tensor,
@@ -231,7 +234,7 @@ def _fold_samples(
         return x.flatten(1, 2)
 
     states = [None if x is None else fold(x, d) for x, d in zip((hx, cx), dims[1:], strict=True)]
-    folded = LayerForward.apply(cell, save, None, fold(input, dims[0]), *states, *slots)
+    folded = LayerForward.apply(call, save, None, fold(input, dims[0]), *states, *slots)
 
     T, B = folded[0].shape[0], folded[0].shape[1] // V
     outputs = [  # [K, V*B, F] -> [K, V, B, F], and saved [D, T*V*B, ..] -> [D, V, T*B, ..]
@@ -254,29 +257,29 @@ def _nested(slots: Slots, fields: Sequence[Sequence[Any]]) -> list[list[Tensor |
 
 
 def _forward_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-    *primals, batch_sizes, cell, save = (*inputs[:3], *flatten(inputs[3:8]), *inputs[8:])
-    LayerForward.setup_context(ctx, (cell, save, batch_sizes, *primals), output)
+    primals, (batch_sizes, cell, save, *how) = (*inputs[:3], *flatten(inputs[3:8])), inputs[8:]
+    LayerForward.setup_context(ctx, (Call(cell, *how), save, batch_sizes, *primals), output)
 
 
 def _forward_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     needed = ctx.needs_input_grad
     gradients = first_order(ctx, grads, [*needed[:3], *flatten(needed[3:8])])
-    return *gradients[:3], *_nested(gradients[3:], needed[3:8]), None, None, None
+    return *gradients[:3], *_nested(gradients[3:], needed[3:8]), *(None,) * 5
 
 
 def _backward_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:
     tensors, fields, (batch_sizes, cell, *saved_and_needs) = inputs[:6], inputs[6:11], inputs[11:]
-    saved, needs = saved_and_needs[:3], saved_and_needs[3:]
+    saved, needs, how = saved_and_needs[:3], saved_and_needs[3:6], saved_and_needs[6:]
     LayerBackward.setup_context(
         ctx,
-        (cell, *needs, batch_sizes, *saved, *tensors, *flatten(fields)),
+        (Call(cell, *how), *needs, batch_sizes, *saved, *tensors, *flatten(fields)),
         (*output[:3], *output[3]),
     )
 
 
 def _backward_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     gradients = second_order(ctx, (*grads[:3], *grads[3]))
-    return *gradients[:6], *_nested(gradients[6:], ctx.needs_input_grad[6:11]), *(None,) * 8
+    return *gradients[:6], *_nested(gradients[6:], ctx.needs_input_grad[6:11]), *(None,) * 10
 
 
 torch.library.register_autograd(

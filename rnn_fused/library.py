@@ -6,6 +6,7 @@ The schemas are defined, and explained, in `csrc/binding/schemas.cpp`. Axes as i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +22,16 @@ except OSError as error:
         f"rnn_fused cannot load its op library {LIBRARY} into torch {torch.__version__}: {error}. "
         "It is built when the package is installed: pip install --no-build-isolation -v ."
     ) from error
+
+
+@dataclass(frozen=True)
+class Call:
+    """What says how a layer runs, besides tensors."""
+
+    cell: str
+    kernels: str = "auto"  # the family of CUDA kernels; the CPU has but one
+    allow_tf32: bool = False  # in the CUDA kernels' float32 products
+
 
 layer_forward = torch.ops.rnn_fused.layer_forward.default
 layer_backward = torch.ops.rnn_fused.layer_backward.default
@@ -42,6 +53,8 @@ def _fake_forward(
     batch_sizes: Tensor | None,
     cell: str,
     save: bool,
+    kernels: str = "auto",
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     # The kernels check this too, but a meta tensor among the arguments leads here instead.
     for tensor in (hx, cx, *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr):
@@ -82,6 +95,8 @@ def _fake_backward(
     need_input: bool,
     need_state: bool,
     need_weights: bool,
+    kernels: str = "auto",
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     def gradient(like: Tensor | None, needed: bool) -> Tensor:
         return input.new_empty(like.shape if like is not None and needed else 0)

@@ -8,13 +8,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import library, reference
+from . import families, library, reference
 from .autograd import LayerForward, apply, flatten, forward_mode
 from .reference import LayerWeights
 
 __all__ = ["LayerWeights", "layer"]
-
-FUSED_DEVICES = ("cpu", "meta")
 
 
 def layer(
@@ -49,22 +47,32 @@ def layer(
     transformed = torch._C._are_functorch_transforms_active()
     if forward_mode() or (compiling and transformed):
         return reference.layer(input, hx, cx, weights, cell=cell, batch_sizes=batch_sizes)
-    if device not in FUSED_DEVICES:
+    if not families.has_kernels(device, input.device.index):
+        _warn_unfused(device)
         return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
+    kernels, allow_tf32 = "auto", False
+    if device == "cuda":
+        kernels = families.forced()
+        allow_tf32 = input.dtype == torch.float32 and families.allows_tf32()
+        if kernels == "cudnn":
+            return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
 
     save = torch.is_grad_enabled() and (transformed or _requires_grad(input, hx, cx, weights))
     if transformed or (save and not compiling):
         output, h_n, c_n, _, _ = apply(
-            LayerForward, cell, save, batch_sizes, input, hx, cx, *flatten(weights)
+            LayerForward,
+            library.Call(cell, kernels, allow_tf32),
+            *(save, batch_sizes, input, hx, cx),
+            *flatten(weights),
         )
     elif compiling:
         output, h_n, c_n, _, _ = library.layer_forward(
-            input, hx, cx, *weights, batch_sizes, cell, save
+            input, hx, cx, *weights, batch_sizes, cell, save, kernels, allow_tf32
         )
     else:
         with library.below_autograd():
             output, h_n, c_n, _, _ = library.layer_forward(
-                input, hx, cx, *weights, batch_sizes, cell, False
+                input, hx, cx, *weights, batch_sizes, cell, False, kernels, allow_tf32
             )
     return output, h_n, None if cx is None else c_n
 
@@ -98,8 +106,7 @@ def _torch_layer(
     cell: str,
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """torch's own op, for the devices that have no fused kernels."""
-    _warn_unfused(input.device.type)
+    """torch's own op: cuDNN's, or for the devices that have no fused kernels."""
     bidirectional = len(weights.weight_ih) == 2
     flat = [field[d] for d in range(1 + bidirectional) for field in weights if field]
     state = hx if cx is None else (hx, cx)

@@ -29,7 +29,8 @@ bool by_library(const Layer& layer, int64_t rows, int64_t columns) {
 
 ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, Tensors weight_ih,
                              Tensors weight_hh, Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
-                             OptionalTensor batch_sizes, std::string cell, bool save) {
+                             OptionalTensor batch_sizes, std::string cell, bool save, std::string,
+                             bool) {
   const Layer layer(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes,
                     cell);
   const bool input_by_library = by_library(layer, layer.G() * layer.shape.H, layer.I);
@@ -165,7 +166,8 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
                                Tensors weight_ih, Tensors weight_hh, Tensors bias_ih,
                                Tensors bias_hh, Tensors weight_hr, OptionalTensor batch_sizes,
                                std::string cell, Tensor output, Tensor gates, Tensor cells,
-                               bool need_input, bool need_state, bool need_weights) {
+                               bool need_input, bool need_state, bool need_weights, std::string,
+                               bool) {
   const Layer layer(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes,
                     cell);
   const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, output, gates, cells);

@@ -77,7 +77,8 @@ Tensor workspace(const Layer& layer, int64_t bytes) {
 
 ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, Tensors weight_ih,
                              Tensors weight_hh, Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
-                             OptionalTensor batch_sizes, std::string cell, bool save) {
+                             OptionalTensor batch_sizes, std::string cell, bool save,
+                             std::string kernels, bool allow_tf32) {
   const Layer layer(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes,
                     cell);
   const OnDevice device(layer.input);
@@ -148,7 +149,8 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
                                Tensors weight_ih, Tensors weight_hh, Tensors bias_ih,
                                Tensors bias_hh, Tensors weight_hr, OptionalTensor batch_sizes,
                                std::string cell, Tensor output, Tensor gates, Tensor cells,
-                               bool need_input, bool need_state, bool need_weights) {
+                               bool need_input, bool need_state, bool need_weights,
+                               std::string kernels, bool allow_tf32) {
   const Layer layer(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes,
                     cell);
   const OnDevice device(layer.input);

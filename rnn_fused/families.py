@@ -1,0 +1,68 @@
+"""Which kernels run a layer on CUDA: `kernels` forces a family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from . import _C
+
+KERNELS = ("auto", "stepwise", "persistent", "cudnn")
+OLDEST_CAPABILITY = (8, 0)
+
+_forced = "auto"
+
+
+@contextmanager
+def kernels(family: str) -> Iterator[None]:
+    """Forces the kernels of layers on CUDA tensors, as `torch.nn.attention.sdpa_kernel` does for
+    attention. Layers on the CPU have but one kind and are not concerned.
+
+    - "auto": the plan chooses, see `rnn_fused.explain`.
+    - "stepwise": a product and a fused kernel for each timestep; any sizes, dtypes, projections.
+    - "persistent": one launch for all timesteps, weights kept in registers.
+    - "cudnn": torch's own op, which runs cuDNN where that can.
+
+    The choice holds for the whole process. A backward pass uses the family of its forward pass.
+
+    Raises:
+        ValueError: the family is unknown.
+        RuntimeError: later, from a layer that the family cannot run.
+    """
+    global _forced
+    if family not in KERNELS:
+        raise ValueError(f"kernels must be one of {[*KERNELS]}, got {family!r}")
+    before, _forced = _forced, family
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def forced() -> str:
+    return _forced
+
+
+# The compiler cannot trace what these two ask of the device and of torch's settings.
+
+
+@torch.compiler.assume_constant_result
+def has_kernels(device: str, index: int | None) -> bool:
+    """Whether this build has kernels for a device; elsewhere torch's own op runs."""
+    if device != "cuda":
+        return device in ("cpu", "meta")
+    if not _C.cuda_archs or torch.version.cuda is None:  # a ROCm device is called cuda, too
+        return False
+    return torch.cuda.get_device_capability(index) >= OLDEST_CAPABILITY
+
+
+@torch.compiler.assume_constant_result
+def allows_tf32() -> bool:
+    """What torch.nn's layers obey on CUDA: `torch.backends.cudnn.rnn.fp32_precision`."""
+    try:
+        precision: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    except RuntimeError:  # old and new settings mixed
+        return False
+    return precision == "tf32"
