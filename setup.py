@@ -147,10 +147,11 @@ def write_ninja() -> dict[str, str]:
     cuda = find_cuda()
     ninja = NinjaFile(cuda)
     cpu = ninja.compile("cpu", [])
-    ops = cpu + ninja.compile("binding", torch_flags)
+    ops = cpu + ninja.compile("plan", []) + ninja.compile("binding", torch_flags)
     ops_flags = [f"-L{torch_dir}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
     ops_flags += ["-Wl,--as-needed", "-Wl,-rpath,$ORIGIN/../torch/lib", "-Wl,-z,defs"]
     if cuda is not None:
+        ops += ninja.compile("kernels", [])
         ops += ninja.compile("cuda", torch_flags + [f"-isystem{d}" for d in cuda.include_dirs])
         ops_flags += [f"-L{d}" for d in cuda.library_dirs] + ["-Wl,--exclude-libs,ALL"]
         ops_flags += ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "csrc/binding/passes.h"
+#include "csrc/cuda/device.h"
+#include "csrc/cuda/persistent.h"
 #include "csrc/cuda/probe.h"
 #include "csrc/cuda/stepwise.h"
 
@@ -75,6 +77,67 @@ Tensor workspace(const Layer& layer, int64_t bytes) {
   return allocate(layer.input, {bytes}, ScalarType::Byte);
 }
 
+// The plan for a layer, as far as `kernels` leaves a choice.
+CudaPlan choose(const Layer& layer, const std::string& kernels, Precision precision,
+                bool backward) {
+  RNN_FUSED_CHECK(kernels == "auto" || kernels == "stepwise" || kernels == "persistent", "[",
+                  layer.name, "] kernels must be auto, stepwise or persistent, got '", kernels,
+                  "'");
+  if (kernels == "stepwise") return {};
+  CudaPlan plan = plan_cuda(layer.shape, precision, current_gpu(), backward);
+  RNN_FUSED_CHECK(kernels == "auto" || plan.family == Family::persistent, "[", layer.name,
+                  "] the persistent kernels cannot run this layer: ", plan.why);
+  return plan;
+}
+
+// A loop's params with batch_sizes and row_start in device memory.
+template <class Params>
+class DeviceParams {
+ public:
+  DeviceParams(const Layer& layer, const Params& params, cudaStream_t stream) : params(params) {
+    if (!layer.ragged()) return;
+    const int64_t T = layer.shape.T;
+    rows_ = allocate(layer.input, {2, T}, ScalarType::Long);
+    int64_t* rows = rows_->mutable_data_ptr<int64_t>();
+    upload(layer.shape.batch_sizes, T, rows, stream);
+    upload(layer.shape.row_start, T, rows + T, stream);
+    this->params.batch_sizes = rows;
+    this->params.row_start = rows + T;
+  }
+  Params params;
+
+ private:
+  OptionalTensor rows_;
+};
+
+void run_forward(const Layer& layer, const CudaPlan& plan, Precision precision,
+                 const ForwardParams& params, cudaStream_t stream) {
+  if (plan.family == Family::persistent) {
+    const DeviceParams<ForwardParams> device(layer, params, stream);
+    const Tensor barrier = workspace(layer, kBarrierWords * sizeof(uint32_t));
+    persistent_forward(plan, precision, device.params,
+                       static_cast<uint32_t*>(barrier.mutable_data_ptr()), stream);
+  } else {
+    const Tensor scratch = workspace(layer, stepwise_forward_workspace(layer.shape));
+    TorchProduct torch{layer.input};
+    stepwise_forward(params, scratch.mutable_data_ptr(), torch.product(), stream);
+  }
+}
+
+void run_backward(const Layer& layer, const CudaPlan& plan, Precision precision,
+                  const BackwardParams& params, cudaStream_t stream) {
+  if (plan.family == Family::persistent) {
+    const DeviceParams<BackwardParams> device(layer, params, stream);
+    const Tensor barrier = workspace(layer, kBarrierWords * sizeof(uint32_t));
+    persistent_backward(plan, precision, device.params,
+                        static_cast<uint32_t*>(barrier.mutable_data_ptr()), stream);
+  } else {
+    const Tensor scratch = workspace(layer, stepwise_backward_workspace(layer.shape));
+    TorchProduct torch{layer.input};
+    stepwise_backward(params, scratch.mutable_data_ptr(), torch.product(), stream);
+  }
+}
+
 ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, Tensors weight_ih,
                              Tensors weight_hh, Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
                              OptionalTensor batch_sizes, std::string cell, bool save,
@@ -82,16 +145,15 @@ ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, Tensors
   const Layer layer(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes,
                     cell);
   const OnDevice device(layer.input);
+  const Precision precision = allow_tf32 ? Precision::tf32 : Precision::exact;
+  const CudaPlan plan = choose(layer, kernels, precision, false);
   const ForwardPass pass(layer, save, true);
   if (layer.shape.B > 0) {
     pass.multiply_input();
-    const Tensor scratch = workspace(layer, stepwise_forward_workspace(layer.shape));
-    TorchProduct torch{layer.input};
-    stepwise_forward(pass.params, scratch.mutable_data_ptr(), torch.product(), device.stream);
+    run_forward(layer, plan, precision, pass.params, device.stream);
   }
   return pass.results();
 }
-
 // Everything behind the loop is large products of torch's.
 void input_gradient(const Layer& layer, const Tensor& grad_gates, const Tensor& grad_input) {
   const int64_t N = layer.N, GH = layer.G() * layer.shape.H, SH = layer.S() * layer.shape.H;
@@ -154,12 +216,10 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
   const Layer layer(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes,
                     cell);
   const OnDevice device(layer.input);
+  const Precision precision = allow_tf32 ? Precision::tf32 : Precision::exact;
+  const CudaPlan plan = choose(layer, kernels, precision, true);
   const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, output, gates, cells);
-  if (layer.shape.B > 0) {
-    const Tensor scratch = workspace(layer, stepwise_backward_workspace(layer.shape));
-    TorchProduct torch{layer.input};
-    stepwise_backward(pass.params, scratch.mutable_data_ptr(), torch.product(), device.stream);
-  }
+  if (layer.shape.B > 0) run_backward(layer, plan, precision, pass.params, device.stream);
   Tensor grad_input = layer.allocate_if(need_input, layer.rows_shape(layer.I));
   if (need_input && layer.N > 0) input_gradient(layer, pass.grad_gates, grad_input);
   return {grad_input, need_state ? pass.grad_hx : layer.allocate_if(false, {}),

@@ -47,18 +47,18 @@ constexpr int kMaxKBlocks = 4;
 constexpr int kMaxBatchTile = 64;
 constexpr int kMinBatchTile = 16;  // the rows of one mma
 
-// Blocks that the registers of an SM, 65536, must have room for: the kernels' launch bounds, and
+constexpr int64_t kRegistersPerSm = 65536;  // that the launch bounds reckon with
+
+// Blocks that the registers of an SM have room for: the launch bounds of the kernels, and
 // what the plan relies on. A spill fails the build.
 constexpr int blocks_per_sm(int64_t element_bytes, int k_blocks) {
-  return element_bytes * k_blocks <= 4 ? 2 : 1;
+  return element_bytes * k_blocks <= 0 ? 2 : 1;
 }
 
-// Sums of a unit that one warp leaves in shared memory: one, or a float4 of up to four gates.
-constexpr int sum_slots(int columns) { return columns == 1 ? 1 : 4; }
-
-// Floats from sequence to sequence of these. The four more make 16-byte accesses free of bank
-// conflicts, whether lanes are units or sequences.
-constexpr int sum_pitch(int columns) { return columns == 1 ? kUnits : 4 * kUnits + 4; }
+// Floats of one sequence among the sums that a warp leaves in shared memory: each unit has one, or
+// a float4 of up to four gates. Four more then make 16-byte accesses free of bank conflicts,
+// whether lanes are units or sequences.
+RNN_FUSED_HD constexpr int sum_pitch(int columns) { return columns == 1 ? kUnits : 4 * kUnits + 4; }
 
 // State kept in shared memory, floats per sequence and unit: c, or h of a GRU, in the forward pass;
 // dh, and dc of an LSTM, in the backward pass.

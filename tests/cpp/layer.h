@@ -20,6 +20,7 @@ struct Sizes {
   int directions = 1;
   bool ragged = false;
   bool bias = true;
+  int64_t gap = 3;  // elements between the rows of the output, which must stay as they are
 };
 
 inline std::ostream& operator<<(std::ostream& out, const Sizes& s) {
@@ -72,8 +73,7 @@ struct Layer : Sizes {
   bool projected() const { return P != H; }
   int64_t G() const { return gate_count(cell); }
   int64_t S() const { return saved_count(cell); }
-  // Wider than the directions need: what lies between the rows must stay as it is.
-  int64_t output_stride() const { return directions * P + 3; }
+  int64_t output_stride() const { return directions * P + gap; }
   int64_t row(int64_t t, int64_t b) const { return starts[t] + b; }
 
   LayerShape shape() const {
@@ -116,9 +116,9 @@ struct Forward {
 };
 
 // `products`: W_ih x of each direction, [N, G*H] in the layer's type, or null for the kernel to
-// multiply. kernel(params) runs the pass.
-template <class Kernel>
-Forward run_forward(const Layer& l, bool save, const Array* products, const Kernel& kernel) {
+// multiply. `run` is given ForwardParams.
+template <class Run>
+Forward run_forward(const Layer& l, bool save, const Array* products, const Run& run) {
   Forward result(l, l.dtype, accumulation(l.dtype), save);
   const int64_t GH = l.G() * l.H;
   const int64_t gates_stride = l.rnn() ? l.output_stride() : save ? l.S() * l.H : GH;
@@ -142,7 +142,7 @@ Forward run_forward(const Layer& l, bool save, const Array* products, const Kern
         l.weights(d), l.direction[d].weight_ih.at(0), gates, out.cells.at(0), output, out.h_n.at(0),
         out.c_n.at(0)};
   }
-  kernel(params);
+  run(params);
   return result;
 }
 
@@ -185,9 +185,10 @@ struct Backward {
   bool operator==(const Backward&) const = default;
 };
 
-template <class Kernel>
+// `run` is given BackwardParams.
+template <class Run>
 Backward run_backward(const Layer& l, const Forward& forward, const Upstream& upstream,
-                      const Kernel& kernel) {
+                      const Run& run) {
   Backward result(l, l.dtype);
   BackwardParams params{l.shape(), {}, l.output_stride()};
   for (int d = 0; d < l.directions; ++d) {
@@ -206,7 +207,7 @@ Backward run_backward(const Layer& l, const Forward& forward, const Upstream& up
                            out.h0.at(0),
                            out.c0.at(0)};
   }
-  kernel(params);
+  run(params);
   return result;
 }
 

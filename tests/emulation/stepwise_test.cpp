@@ -1,7 +1,9 @@
 // The stepwise loops on the CPU, against plain double maths.
+#include "csrc/cuda/stepwise.h"
+
 #include <doctest/doctest.h>
 
-#include "csrc/cuda/stepwise.cu"
+#include "csrc/cuda/storage.cuh"
 #include "tests/cpp/check.h"
 #include "tests/emulation/device_array.h"
 #include "tests/emulation/runtime.h"

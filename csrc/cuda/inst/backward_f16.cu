@@ -1,0 +1,4 @@
+#include "csrc/cuda/persistent_backward.cuh"
+
+template void rnn_fused::persistent::launch_backward<rnn_fused::persistent::Mma<__half>>(
+    const rnn_fused::CudaPlan&, const rnn_fused::BackwardParams&, uint32_t*, cudaStream_t);

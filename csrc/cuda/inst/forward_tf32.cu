@@ -1,0 +1,4 @@
+#include "csrc/cuda/persistent_forward.cuh"
+
+template void rnn_fused::persistent::launch_forward<rnn_fused::persistent::Tf32>(
+    const rnn_fused::CudaPlan&, const rnn_fused::ForwardParams&, uint32_t*, cudaStream_t);

@@ -1,0 +1,47 @@
+#include "csrc/cuda/persistent.h"
+
+#include <stdexcept>
+
+#include "csrc/cuda/persistent_product.cuh"
+
+namespace rnn_fused {
+
+namespace persistent {
+
+// Each policy in a file of its own in inst/, so that they compile side by side.
+template <class Policy>
+void launch_forward(const CudaPlan&, const ForwardParams&, uint32_t*, cudaStream_t);
+template <class Policy>
+void launch_backward(const CudaPlan&, const BackwardParams&, uint32_t*, cudaStream_t);
+
+// Calls body.operator()<Policy>().
+template <class Body>
+void with_policy(const CudaPlan& plan, DType dtype, Precision precision, const Body& body) {
+  if (plan.family != Family::persistent || dtype == DType::f64)
+    throw std::invalid_argument(
+        "[persistent] needs a plan for the persistent kernels, got one for "
+        "the stepwise ones: " +
+        plan.why);
+  if (dtype == DType::bf16) return body.template operator()<Mma<__nv_bfloat16>>();
+  if (dtype == DType::f16) return body.template operator()<Mma<__half>>();
+  if (precision == Precision::tf32) return body.template operator()<Tf32>();
+  body.template operator()<Ffma>();
+}
+
+}  // namespace persistent
+
+void persistent_forward(const CudaPlan& plan, Precision precision, const ForwardParams& params,
+                        uint32_t* barrier, cudaStream_t stream) {
+  persistent::with_policy(plan, params.dtype, precision, [&]<class Policy>() {
+    persistent::launch_forward<Policy>(plan, params, barrier, stream);
+  });
+}
+
+void persistent_backward(const CudaPlan& plan, Precision precision, const BackwardParams& params,
+                         uint32_t* barrier, cudaStream_t stream) {
+  persistent::with_policy(plan, params.dtype, precision, [&]<class Policy>() {
+    persistent::launch_backward<Policy>(plan, params, barrier, stream);
+  });
+}
+
+}  // namespace rnn_fused

@@ -1,0 +1,91 @@
+// What the blocks of both passes have in common: how they walk through time, and which thread owns
+// what.
+#pragma once
+
+#include <type_traits>
+
+#include "csrc/core/params.h"
+#include "csrc/cuda/persistent.h"
+#include "csrc/cuda/plan.h"
+#include "csrc/cuda/primitives.cuh"
+
+namespace rnn_fused::persistent {
+
+// One timestep: its sequences, and the row of the first.
+struct Step {
+  int active;
+  int64_t row;
+};
+
+// Step s of a pass that walks down through time, or up. Without sequences after the last one.
+__device__ inline Step step_at(const LayerShape& shape, bool down, int64_t s) {
+  if (s >= shape.T) return {0, 0};
+  const int64_t t = down ? shape.T - 1 - s : s;
+  return {static_cast<int>(shape.active(t)), shape.row(t)};
+}
+
+// Sequences of the pass that begins with `first`.
+__device__ inline int pass_size(int active, int first, int tile) {
+  return min(tile, active - first);
+}
+
+// A thread owns one unit of the block and, of every pass over a batch tile, these sequences. Their
+// state is its own, so that it may be read and written without a barrier.
+constexpr int kOwn = kMaxBatchTile * kUnits / kThreads;
+
+__device__ inline int own_unit() { return threadIdx.x % kUnits; }
+
+// Calls body(i, b) for the thread's sequences b < count of a pass, i < kOwn.
+template <class Body>
+__device__ __forceinline__ void for_own_sequences(int count, Body body) {
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const int b = threadIdx.x / kUnits + i * (kThreads / kUnits);
+    if (b < count) body(i, b);
+  }
+}
+
+// The same for each of all B sequences.
+template <class Body>
+__device__ __forceinline__ void for_all_own_sequences(int64_t B, int tile, Body body) {
+  for (int first = 0; first < B; first += tile)
+    for_own_sequences(pass_size(static_cast<int>(B), first, tile),
+                      [&](int, int b) { body(first + b); });
+}
+
+template <class T>
+__device__ inline float value_or_zero(const void* from, int64_t i) {
+  return from ? static_cast<float>(static_cast<const T*>(from)[i]) : 0;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Launch
+// ---------------------------------------------------------------------------------------------
+
+// kernel_of(cell, k_blocks): the kernel for two std::integral_constants.
+template <class Params, class KernelOf>
+void launch_persistent(const CudaPlan& plan, const Params& params, uint32_t* counters,
+                       cudaStream_t stream, KernelOf kernel_of) {
+  const auto launch = [&](void (*kernel)(Params, int, uint32_t*)) {
+    const dim3 grid(static_cast<unsigned>(plan.blocks / params.directions), params.directions);
+    gpu::zero(counters, kBarrierWords * sizeof(uint32_t), stream);
+    gpu::launch_cooperative(kernel, grid, kThreads, plan.shared_bytes, stream, params,
+                            plan.batch_tile, counters);
+  };
+  const auto with_k_blocks = [&](auto cell) {
+    switch (plan.k_blocks) {
+      case 1: return launch(kernel_of(cell, std::integral_constant<int, 1>()));
+      case 2: return launch(kernel_of(cell, std::integral_constant<int, 2>()));
+      case 3: return launch(kernel_of(cell, std::integral_constant<int, 3>()));
+      case 4: return launch(kernel_of(cell, std::integral_constant<int, 4>()));
+    }
+  };
+  switch (params.cell) {
+    case Cell::lstm: return with_k_blocks(std::integral_constant<Cell, Cell::lstm>());
+    case Cell::gru: return with_k_blocks(std::integral_constant<Cell, Cell::gru>());
+    case Cell::rnn_tanh:
+    case Cell::rnn_relu: return with_k_blocks(std::integral_constant<Cell, Cell::rnn_tanh>());
+  }
+}
+
+}  // namespace rnn_fused::persistent

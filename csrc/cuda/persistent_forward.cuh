@@ -1,0 +1,200 @@
+// The forward pass of all timesteps in one launch.
+//
+// Each block owns eight hidden units of one direction. Their rows of W_hh stay in registers, c
+// stays in shared memory; h goes from block to block through the output, whose rows are fresh
+// addresses every step, with one barrier of the direction's blocks a step.
+//
+// What a step costs: every SM reads all of h from L2, B * H * 2 bytes at 64 bytes a clock (B = 32,
+// H = 1024: 64 KiB, 0.6 us at 1.75 GHz), and h crosses L2 three times (stored, announced, read),
+// about 1.3 us. The products take less: B * H * 32 * 2 flops of an SM, 0.2 us. So W_ih x is read
+// before the barrier is waited for, and all reads of h are on the way before the first is used.
+#pragma once
+
+#include "csrc/core/cells.h"
+#include "csrc/core/params.h"
+#include "csrc/cuda/math.cuh"
+#include "csrc/cuda/persistent.h"
+#include "csrc/cuda/persistent_block.cuh"
+#include "csrc/cuda/persistent_product.cuh"
+
+namespace rnn_fused::persistent {
+
+// kCell: rnn_tanh stands for both RNNs.
+template <class Policy, Cell kCell, int kBlocks>
+class Forward {
+  using T = typename Policy::T;
+  static constexpr int G = gate_count(kCell), S = saved_count(kCell);
+  static constexpr bool kLstm = kCell == Cell::lstm;
+  static constexpr bool kGru = kCell == Cell::gru;
+
+ public:
+  // shared: [plan.shared_bytes]
+  __device__ __forceinline__ Forward(const ForwardParams& p, int tile, float* shared)
+      : p_(p),
+        dir_(p.direction[blockIdx.y]),
+        tile_(tile),
+        unit_(static_cast<int>(blockIdx.x) * kUnits + own_unit()),
+        sums_(shared),
+        bias_(shared + kWarps * tile * sum_pitch(G)),
+        state_(bias_ + S * kUnits),
+        aligned_(rows_aligned(output(), p.output_stride, p.H) &&
+                 rows_aligned(static_cast<const T*>(dir_.h0), p.H, p.H)),
+        product_(static_cast<int>(p.H), [&](int gate, int, int k) {
+          const int unit = blockIdx.x * kUnits + threadIdx.x % 32 / 4;
+          const T* const weights = static_cast<const T*>(dir_.weight_hh);
+          if (unit >= p.H) return Eight<T>();
+          return load_eight(weights + (gate * p.H + unit) * p.H + k, static_cast<int>(p.H) - k,
+                            rows_aligned(weights, p.H, p.H));
+        }) {
+    if (!owns()) return;
+    if (threadIdx.x < kUnits) add_biases();
+    if constexpr (kLstm || kGru)
+      for_all_own_sequences(p_.B, tile_, [&](int b) {
+        state_[b * kUnits + own_unit()] =
+            value_or_zero<T>(kLstm ? dir_.c0 : dir_.h0, b * p_.H + unit_);
+      });
+  }
+
+  __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
+    const bool down = blockIdx.y == 1;
+    Step before = {0, 0}, now = step_at(p_, down, 0);
+    load_input(now, 0);
+    for (int64_t s = 0; s < p_.T; ++s) {
+      const Step next = step_at(p_, down, s + 1);
+      for (int first = 0; first < now.active; first += tile_) {
+        if (first > 0) {
+          __syncthreads();  // the sums of the pass before have been read
+          load_input(now, first);
+        }
+        multiply(before, now, first);
+        __syncthreads();
+        activate(now, next, first);
+      }
+      if (s + 1 == p_.T) break;
+      barrier.arrive();
+      load_input(next, 0);
+      barrier.wait();
+      before = now;
+      now = next;
+    }
+  }
+
+ private:
+  // Both biases of a gate act together, but for those of the GRU's n, which its reset gate parts.
+  __device__ __forceinline__ void add_biases() {
+#pragma unroll
+    for (int gate = 0; gate < G; ++gate) {
+      const int64_t row = gate * p_.H + unit_;
+      const float input = value_or_zero<T>(dir_.bias_ih, row);
+      const float recurrent = value_or_zero<T>(dir_.bias_hh, row);
+      const bool apart = kGru && gate == 2;
+      bias_[gate * kUnits + own_unit()] = apart ? input : input + recurrent;
+      if (apart) bias_[3 * kUnits + own_unit()] = recurrent;
+    }
+  }
+
+  __device__ float bias(int gate) const { return bias_[gate * kUnits + own_unit()]; }
+
+  __device__ bool owns() const { return unit_ < p_.H; }
+  __device__ T* output() const { return static_cast<T*>(dir_.output); }
+  __device__ T* gates(int64_t row) const {
+    return static_cast<T*>(dir_.gates) + row * p_.gates_stride + unit_;
+  }
+
+  // W_ih x of the thread's sequences of one pass.
+  __device__ __forceinline__ void load_input(Step step, int first) {
+    for_own_sequences(owns() ? pass_size(step.active, first, tile_) : 0, [&](int i, int b) {
+      const T* const row = gates(step.row + first + b);
+#pragma unroll
+      for (int gate = 0; gate < G; ++gate) x_[i][gate] = static_cast<float>(row[gate * p_.H]);
+    });
+  }
+
+  // W_hh h of one pass. A sequence that was there in the step before has its h in the output; one
+  // that begins now has it in h0.
+  __device__ __forceinline__ void multiply(Step before, Step now, int first) {
+    product_.multiply(
+        pass_size(now.active, first, tile_), aligned_,
+        [&](int b, int) {
+          const int sequence = first + b;
+          return sequence < before.active ? output() + (before.row + sequence) * p_.output_stride
+                                          : static_cast<const T*>(dir_.h0) + sequence * p_.H;
+        },
+        sums_ + threadIdx.x / 32 * tile_ * sum_pitch(G));
+  }
+
+  __device__ __forceinline__ void activate(Step now, Step next, int first) {
+    for_own_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int i, int b) {
+      const int sequence = first + b;
+      const int64_t row = now.row + sequence;
+      float* const state = state_ + sequence * kUnits + own_unit();
+      float sums[G] = {};
+      add_sums(sums_, tile_, b, own_unit(), sums);
+      float h;
+      if constexpr (kLstm) {
+        LstmGates<float> a = {x_[i][0] + bias(0) + sums[0], x_[i][1] + bias(1) + sums[1],
+                              x_[i][2] + bias(2) + sums[2], x_[i][3] + bias(3) + sums[3]};
+        const LstmState<float> after = lstm_forward<gpu::Math>(a, *state);
+        h = after.h;
+        *state = after.c;
+        if (p_.save) {
+          save(row, a.i, a.f, a.g, a.o);
+          static_cast<float*>(dir_.cells)[row * p_.H + unit_] = after.c;
+        }
+        if (sequence >= next.active)
+          static_cast<T*>(dir_.c_n)[sequence * p_.H + unit_] = static_cast<T>(after.c);
+      } else if constexpr (kGru) {
+        GruGates<float> a = {x_[i][0] + bias(0) + sums[0], x_[i][1] + bias(1) + sums[1],
+                             x_[i][2] + bias(2), sums[2] + bias(3)};
+        h = gru_forward<gpu::Math>(a, *state);
+        *state = static_cast<float>(static_cast<T>(h));
+        if (p_.save) save(row, a.r, a.z, a.n, a.hn);
+      } else {
+        const float a = x_[i][0] + bias(0) + sums[0];
+        h = p_.cell == Cell::rnn_tanh ? gpu::Math::tanh(a) : gpu::Math::relu(a);
+      }
+      output()[row * p_.output_stride + unit_] = static_cast<T>(h);
+      // The sequence's last step.
+      if (sequence >= next.active)
+        static_cast<T*>(dir_.h_n)[sequence * p_.H + unit_] = static_cast<T>(h);
+    });
+  }
+
+  __device__ void save(int64_t row, float g0, float g1, float g2, float g3) {
+    T* const to = gates(row);
+    to[0] = static_cast<T>(g0);
+    to[p_.H] = static_cast<T>(g1);
+    to[2 * p_.H] = static_cast<T>(g2);
+    to[3 * p_.H] = static_cast<T>(g3);
+  }
+
+  const ForwardParams& p_;
+  const ForwardDirection& dir_;
+  const int tile_;
+  const int unit_;      // the thread's own
+  float* const sums_;   // [kWarps, tile, sum_pitch]
+  float* const bias_;   // [S, kUnits]
+  float* const state_;  // [B, kUnits] c, or h of a GRU
+  const bool aligned_;
+  const Product<Policy, G, 1, kBlocks> product_;
+  float x_[kOwn][G] = {};
+};
+
+// blockIdx: (block of units, direction). counters: zero, kBarrierStride apart.
+template <class Policy, Cell kCell, int kBlocks>
+__global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy::T), kBlocks))
+    forward_kernel(const __grid_constant__ ForwardParams p, int tile, uint32_t* counters) {
+  RNN_FUSED_DYNAMIC_SHARED(float, shared);
+  Forward<Policy, kCell, kBlocks> block(p, tile, shared);
+  block.run(gpu::GridBarrier(counters + blockIdx.y * kBarrierStride, gridDim.x));
+}
+
+template <class Policy>
+void launch_forward(const CudaPlan& plan, const ForwardParams& params, uint32_t* counters,
+                    cudaStream_t stream) {
+  launch_persistent(plan, params, counters, stream, [](auto cell, auto k_blocks) {
+    return forward_kernel<Policy, cell.value, k_blocks.value>;
+  });
+}
+
+}  // namespace rnn_fused::persistent

@@ -1,0 +1,314 @@
+// The product of the persistent kernels: a block multiplies rows of X, one for each sequence, by
+// weights that its registers hold for the whole sequence.
+//
+//   sums[b][unit][c] = sum over groups q and k < H of X[b][q, k] * W[c][q, k][unit]
+//
+// Forward: X is h and c the gate, one group. Backward: X is the gradient of the pre-activations,
+// with the gates as groups, and one column per unit: the gradient of h.
+//
+// K is cut into runs of 32. Run j of a group belongs to warp j % kWarps, as its k-block j / kWarps,
+// and eight consecutive k of a run to a lane: lane 4 * g + t holds, for unit g, those from 8 * t
+// on, and it reads the same eight of X. So a lane reads h in words of 16 bytes straight into the
+// operand of mma, without shared memory. For mma this permutes k inside a run: what stands in a
+// fragment as k = 2t, 2t + 1, 2t + 8, 2t + 9 of the j-th m16n8k16 are the run's 8t + 4j to
+// 8t + 4j + 3. A sum does not mind, as long as both operands are permuted alike.
+//
+// The sequences are the rows of mma, 16 at a time, and the units its columns: then three gates cost
+// no more than three, one costs one, and both passes are the same code. With the weights as rows a
+// batch of 8 or less would take half as many instructions, which is little beside the way to L2.
+#pragma once
+
+#include <algorithm>
+
+#include "csrc/cuda/plan.h"
+#include "csrc/cuda/primitives.cuh"
+
+namespace rnn_fused::persistent {
+
+// Eight consecutive values of a row, as bits.
+template <class T>
+struct Eight {
+  static constexpr int kWords = 2 * sizeof(T);
+  uint32_t words[kWords] = {};
+
+  __device__ __forceinline__ float value(int i) const { return __uint_as_float(words[i]); }
+};
+
+// Eight values `stride` apart, of which those from `count` on are zero and not read. From L2, since
+// another SM may have written them.
+template <class T>
+__device__ __forceinline__ Eight<T> gather_eight(const T* from, int64_t stride, int count) {
+  Eight<T> eight;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (i >= count) continue;
+    if constexpr (sizeof(T) == 4)
+      eight.words[i] = __ldcg(reinterpret_cast<const uint32_t*>(from) + i * stride);
+    else
+      eight.words[i / 2] |= uint32_t{__ldcg(reinterpret_cast<const uint16_t*>(from) + i * stride)}
+                            << (16 * (i % 2));
+  }
+  return eight;
+}
+
+// Consecutive ones. aligned: `from` is, to 16 bytes, and count is 8 or more, or not positive.
+template <class T>
+__device__ __forceinline__ Eight<T> load_eight(const T* from, int count, bool aligned) {
+  if (!aligned) return gather_eight(from, 1, count);
+  Eight<T> eight;
+  if (count <= 0) return eight;
+#pragma unroll
+  for (int i = 0; i < Eight<T>::kWords; i += 4) {
+    const uint4 v = gpu::load_relaxed(reinterpret_cast<const uint4*>(from) + i / 4);
+    eight.words[i] = v.x;
+    eight.words[i + 1] = v.y;
+    eight.words[i + 2] = v.z;
+    eight.words[i + 3] = v.w;
+  }
+  return eight;
+}
+
+// Whether load_eight may take every row of a matrix [rows, H] as aligned.
+template <class T>
+__device__ inline bool rows_aligned(const T* first, int64_t stride, int64_t H) {
+  return reinterpret_cast<uintptr_t>(first) % 16 == 0 && stride * sizeof(T) % 16 == 0 && H % 8 == 0;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Policies: how a warp multiplies a tile of kSequences rows of X by its weights of one k-block
+// ---------------------------------------------------------------------------------------------
+
+// Of both kinds of mma: a lane has the sequences g and g + 8, and of the sums the units 2t, 2t + 1.
+struct MmaTile {
+  static constexpr int kSequences = 16;
+  static constexpr int kRows = 2;  // of X that a lane reads
+
+  __device__ static int sequence(int lane, int r) { return lane / 4 + 8 * r; }
+
+  // sums: those of the tile's first sequence.
+  template <int kColumns>
+  __device__ static void store(const float (&d)[kColumns][4], float* sums) {
+    const int lane = threadIdx.x % 32, t = lane % 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float* const row = sums + sequence(lane, r) * sum_pitch(kColumns);
+      if constexpr (kColumns == 1) {
+        *reinterpret_cast<float2*>(row + 2 * t) = make_float2(d[0][2 * r], d[0][2 * r + 1]);
+      } else {
+#pragma unroll
+        for (int u = 0; u < 2; ++u)
+          reinterpret_cast<float4*>(row)[2 * t + u] =
+              make_float4(d[0][2 * r + u], d[1][2 * r + u], d[2][2 * r + u],
+                          kColumns == 4 ? d[kColumns - 1][2 * r + u] : 0);
+      }
+    }
+  }
+};
+
+// bfloat16 and float16.
+template <class T_>
+struct Mma : MmaTile {
+  using T = T_;
+  static constexpr int kMaxInFlight = 4;  // k-blocks that are on the way from L2 at a time
+
+  __device__ static void prepare(Eight<T>&) {}
+
+  template <int kColumns>
+  __device__ __forceinline__ static void multiply(float (&d)[kColumns][4],
+                                                  const Eight<T> (&x)[kRows],
+                                                  const Eight<T> (&w)[kColumns]) {
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) {
+      const uint32_t a[4] = {x[0].words[j], x[1].words[j], x[0].words[j + 1], x[1].words[j + 1]};
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const uint32_t b[2] = {w[c].words[j], w[c].words[j + 1]};
+        gpu::mma_m16n8k16<T>(d[c], a, b);
+      }
+    }
+  }
+};
+
+// float32 with both factors rounded to 10 bits of mantissa.
+struct Tf32 : MmaTile {
+  using T = float;
+  static constexpr int kMaxInFlight = 4;
+
+  __device__ static void prepare(Eight<T>& weights) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) weights.words[i] = gpu::to_tf32(weights.value(i));
+  }
+
+  template <int kColumns>
+  __device__ __forceinline__ static void multiply(float (&d)[kColumns][4],
+                                                  const Eight<T> (&x)[kRows],
+                                                  const Eight<T> (&w)[kColumns]) {
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      const uint32_t a[4] = {gpu::to_tf32(x[0].value(j)), gpu::to_tf32(x[1].value(j)),
+                             gpu::to_tf32(x[0].value(j + 1)), gpu::to_tf32(x[1].value(j + 1))};
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const uint32_t b[2] = {w[c].words[j], w[c].words[j + 1]};
+        gpu::mma_m16n8k8_tf32(d[c], a, b);
+      }
+    }
+  }
+};
+
+// float32 without rounding. A lane multiplies its k of four sequences, and the four lanes of a unit
+// then add up: each gets one sequence.
+struct Ffma {
+  using T = float;
+  static constexpr int kSequences = 4;
+  static constexpr int kRows = 4;
+  static constexpr int kMaxInFlight = 2;
+
+  __device__ static int sequence(int, int r) { return r; }
+  __device__ static void prepare(Eight<T>&) {}
+
+  template <int kColumns>
+  __device__ __forceinline__ static void multiply(float (&d)[kColumns][4],
+                                                  const Eight<T> (&x)[kRows],
+                                                  const Eight<T> (&w)[kColumns]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c)
+#pragma unroll
+        for (int b = 0; b < 4; ++b) d[c][b] += x[b].value(i) * w[c].value(i);
+  }
+
+  template <int kColumns>
+  __device__ static void store(const float (&d)[kColumns][4], float* sums) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    float total[4] = {};
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      // Each half of the four lanes gives the other's sequences away.
+      const bool high = t >= 2, odd = t % 2;
+      const float first =
+          (high ? d[c][2] : d[c][0]) + __shfl_xor_sync(~0u, high ? d[c][0] : d[c][2], 2);
+      const float second =
+          (high ? d[c][3] : d[c][1]) + __shfl_xor_sync(~0u, high ? d[c][1] : d[c][3], 2);
+      total[c] = (odd ? second : first) + __shfl_xor_sync(~0u, odd ? first : second, 1);
+    }
+    float* const row = sums + t * sum_pitch(kColumns);
+    if constexpr (kColumns == 1)
+      row[g] = total[0];
+    else
+      reinterpret_cast<float4*>(row)[g] = make_float4(total[0], total[1], total[2], total[3]);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+// One warp's part of the product
+// ---------------------------------------------------------------------------------------------
+
+// The largest divisor of n up to limit.
+constexpr int largest_divisor(int n, int limit) {
+  while (n % limit != 0) --limit;
+  return limit;
+}
+
+template <class Policy, int kColumns, int kGroups, int kBlocks>
+class Product {
+  using T = typename Policy::T;
+  static constexpr int kItems = kGroups * kBlocks;  // k-blocks of a tile
+
+  // What a thread's registers hold besides addresses and the gates' own: weights, operands that are
+  // on the way from L2 and sums of the tiles that go together, where one tile has fewer k-blocks
+  // than should be on the way.
+  static constexpr int kRegisters = 144;
+  static constexpr int kWeights = kItems * kColumns * Eight<T>::kWords;
+  static constexpr int kOperand = Policy::kRows * Eight<T>::kWords;
+  static constexpr int kInFlight =
+      std::clamp((kRegisters - kWeights - 4 * kColumns) / kOperand, 1, Policy::kMaxInFlight);
+  static constexpr int kTiles = std::max(1, std::min(kInFlight / kItems, 8 / kColumns));
+  static constexpr int kStepItems = kTiles * kItems;
+  static constexpr int kOperands = largest_divisor(kStepItems, kInFlight);
+
+ public:
+  // eight(column, group, k): the weights [k, k + 8) of this lane's unit, which is lane / 4.
+  template <class Load>
+  __device__ __forceinline__ Product(int H, Load eight) : H_(H) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i)
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        weights_[i][c] = eight(c, i / kBlocks, own_k(i));
+        Policy::prepare(weights_[i][c]);
+      }
+  }
+
+  // row(b, group): where the row of sequence b begins, for b < count; rows beyond are not read.
+  // sums: this warp's [batch tile, sum_pitch], written up to `count` rounded up to kSequences.
+  template <class Row>
+  __device__ __forceinline__ void multiply(int count, bool aligned, Row row, float* sums) const {
+    constexpr int kStep = kTiles * Policy::kSequences;
+    const int lane = threadIdx.x % 32;
+    Eight<T> x[kOperands][Policy::kRows];
+    // The first round only reads, so that the code of a read stands here once.
+    for (int first = -kStep; first < count; first += kStep) {
+      float d[kTiles][kColumns][4] = {};
+#pragma unroll
+      for (int i = 0; i < kStepItems; ++i) {
+        auto& operand = x[i % kOperands];
+        if (first >= 0 && first + i / kItems * Policy::kSequences < count && run(i % kItems) < H_)
+          Policy::multiply(d[i / kItems], operand, weights_[i % kItems]);
+        // What has been multiplied makes room for what comes kOperands later.
+        const int next = (i + kOperands) % kStepItems, item = next % kItems;
+        const int next_first = first + (i + kOperands < kStepItems ? 0 : kStep);
+        if (next_first < 0 || next_first >= count || run(item) >= H_) continue;
+#pragma unroll
+        for (int r = 0; r < Policy::kRows; ++r) {
+          const int b = next_first + next / kItems * Policy::kSequences + Policy::sequence(lane, r);
+          if (b < count)  // else whatever is there: its sums are not read
+            operand[r] =
+                load_eight(row(b, item / kBlocks) + own_k(item), H_ - own_k(item), aligned);
+        }
+      }
+      if (first < 0) continue;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const int b = first + tile * Policy::kSequences;
+        if (b < count) Policy::store(d[tile], sums + b * sum_pitch(kColumns));
+      }
+    }
+  }
+
+ private:
+  // Where the run of an item begins in its group.
+  __device__ static int run(int item) {
+    return (item % kBlocks * kWarps + static_cast<int>(threadIdx.x) / 32) * kRun;
+  }
+  __device__ static int own_k(int item) {
+    return run(item) + static_cast<int>(threadIdx.x) % 4 * 8;
+  }
+
+  const int H_;
+  Eight<T> weights_[kItems][kColumns];
+};
+
+// What all warps have summed for one unit of one sequence of the pass; always in the same order.
+// sums: [kWarps, tile, sum_pitch]
+template <int kColumns>
+__device__ __forceinline__ void add_sums(const float* sums, int tile, int b, int unit,
+                                         float (&total)[kColumns]) {
+  const int pitch = sum_pitch(kColumns);
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) {
+    const float* const row = sums + (warp * tile + b) * pitch;
+    if constexpr (kColumns == 1) {
+      total[0] += row[unit];
+    } else {
+      const float4 v = reinterpret_cast<const float4*>(row)[unit];
+      total[0] += v.x;
+      total[1] += v.y;
+      total[2] += v.z;
+      if constexpr (kColumns == 4) total[3] += v.w;
+    }
+  }
+}
+
+}  // namespace rnn_fused::persistent

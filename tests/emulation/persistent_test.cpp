@@ -1,0 +1,127 @@
+// The persistent kernels against the CPU core, on the same params.
+#include "csrc/cuda/persistent.h"
+
+#include <doctest/doctest.h>
+
+#include "tests/cpp/reference.h"
+#include "tests/emulation/device_array.h"
+#include "tests/emulation/runtime.h"
+
+namespace rnn_fused {
+namespace {
+
+constexpr Host kOneThread = {nullptr, 1};
+constexpr GpuProperties kH100 = {90, 132, 65536, 233472, 232448};
+
+#ifdef __SANITIZE_THREAD__
+constexpr int64_t kMaxBlocks = 31;  // as many threads as ThreadSanitizer can tell apart
+#else
+constexpr int64_t kMaxBlocks = 132;
+#endif
+
+struct Case : Sizes {
+  Precision precision = Precision::exact;
+  bool save = true;
+};
+
+// Of the error's norm to the result's: the same sums in another order, and with TF32 of factors
+// that are rounded.
+double tolerance(const Case& c) {
+  if (c.precision == Precision::tf32) return 2e-3;
+  return c.dtype == DType::f32 ? 2e-6 : roundoff(c.dtype);
+}
+
+// What was not to be written, NaN in `expected`, must be NaN still.
+void check_close(const doctest::String& what, const Array& actual, const Array& expected,
+                 double tolerance) {
+  REQUIRE(actual.size() == expected.size());
+  double error = 0, norm = 0;
+  for (int64_t i = 0; i < actual.size(); ++i) {
+    if (std::isnan(actual[i]) && std::isnan(expected[i])) continue;
+    error += std::pow(actual[i] - expected[i], 2);
+    norm += std::pow(expected[i], 2);
+  }
+  INFO(what, ": relative error ", std::sqrt(error / norm));
+  CHECK(std::sqrt(error) <= tolerance * std::sqrt(norm));  // false where one of them is NaN
+}
+
+CudaPlan plan_of(const Case& c, const LayerShape& shape, bool backward) {
+  const CudaPlan plan = plan_cuda(shape, c.precision, kH100, backward);
+  INFO(plan.why);
+  REQUIRE(plan.family == Family::persistent);
+  return plan;
+}
+
+bool fits(const Case& c) { return (c.H + 7) / 8 * c.directions <= kMaxBlocks; }
+
+void check_case(const Case& c, uint64_t seed) {
+  CAPTURE(static_cast<const Sizes&>(c));
+  CAPTURE(c.save);
+  const Layer l(c, seed);
+  Array products[2];
+  for (int d = 0; d < l.directions; ++d) products[d] = multiply_input(l, d, l.dtype);
+  DeviceArray<uint32_t> barrier(kBarrierWords);
+  const auto forward = [&](const ForwardParams& params) {
+    persistent_forward(plan_of(c, params, false), c.precision, params, barrier.get(), nullptr);
+  };
+  const auto backward = [&](const BackwardParams& params) {
+    persistent_backward(plan_of(c, params, true), c.precision, params, barrier.get(), nullptr);
+  };
+  const double tol = tolerance(c);
+  const Forward expected = run_forward(Isa::portable, l, kOneThread, c.save, products);
+  const Forward saved =
+      c.save ? expected : run_forward(Isa::portable, l, kOneThread, true, products);
+  const Upstream upstream(l, seed, seed % 3 == 1, seed % 3 == 2);
+  const Backward expected_grads = run_backward(Isa::portable, l, kOneThread, saved, upstream);
+  for (uint64_t order : {0, 1}) {
+    CAPTURE(order);
+    emulation::set_seed(order);
+    const Forward result = run_forward(l, c.save, products, forward);
+    check_close("output", result.output, expected.output, tol);
+    const Backward grads = run_backward(l, saved, upstream, backward);
+    for (int d = 0; d < l.directions; ++d) {
+      CAPTURE(d);
+      const Forward::Direction &a = result.direction[d], &e = expected.direction[d];
+      check_close("gates", a.gates, e.gates, tol);
+      check_close("cells", a.cells, e.cells, tol);
+      check_close("h_n", a.h_n, e.h_n, tol);
+      check_close("c_n", a.c_n, e.c_n, tol);
+      const Backward::Direction &g = grads.direction[d], &h = expected_grads.direction[d];
+      check_close("grad_gates", g.gates, h.gates, tol);
+      check_close("grad_h0", g.h0, h.h0, tol);
+      check_close("grad_c0", g.c0, h.c0, tol);
+    }
+  }
+  emulation::set_seed(0);
+}
+
+// Every cell and type, with other sizes and options each time.
+void check_cases(std::initializer_list<int64_t> sizes_of_h, uint64_t seed) {
+  Random random(seed);
+  for (const auto& [dtype, precision] : {std::pair{DType::bf16, Precision::exact},
+                                         {DType::f16, Precision::exact},
+                                         {DType::f32, Precision::exact},
+                                         {DType::f32, Precision::tf32}})
+    for (Cell cell : kCells)
+      for (int64_t H : sizes_of_h) {
+        Case c{{cell, dtype, random.one_of({1, 2, 5}), random.one_of({1, 3, 8, 17, 70})}};
+        c.I = 3;
+        c.H = H;
+        c.directions = static_cast<int>(random.integer(1, 2));
+        c.ragged = random.coin();
+        c.bias = random.coin();
+        c.gap = random.one_of({0, 3, 8});
+        c.precision = precision;
+        c.save = random.coin();
+        if (!fits(c)) continue;
+        check_case(c, random.bits());
+      }
+}
+
+TEST_CASE("persistent kernels equal the CPU core") { check_cases({1, 7, 8, 9, 33, 40}, 1); }
+
+// More k-blocks than one.
+TEST_CASE("persistent kernels of large layers equal the CPU core") { check_cases({260}, 2); }
+
+}  // namespace
+}  // namespace rnn_fused
