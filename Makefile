@@ -6,7 +6,7 @@ MAX_JOBS ?= $(shell nproc)
 CLANG_FORMAT_FILES = $(shell find csrc tests/cpp tests/emulation tests/gpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: test bench build lint format cpp-test sanitize emulate emulate-plain \
-        emulate-asan emulate-tsan wheel clean
+        emulate-asan emulate-tsan emulate-ops wheel clean
 
 test: build
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -52,9 +52,9 @@ sanitize:
 	cmake --build build/cmake-asan --parallel $(MAX_JOBS)
 	ctest --test-dir build/cmake-asan --output-on-failure --no-tests=error
 
-# The tests of the CUDA kernels on the CPU: plain, with AddressSanitizer, with ThreadSanitizer.
-# Needs nvcc for its headers.
-emulate: emulate-plain emulate-asan emulate-tsan
+# The tests of the CUDA kernels on the CPU: plain, with AddressSanitizer, with ThreadSanitizer; and
+# the operators' own tests on emulated kernels. Needs nvcc for its headers.
+emulate: emulate-plain emulate-asan emulate-tsan emulate-ops
 
 emulate-asan: SANITIZE = address,undefined
 emulate-tsan: SANITIZE = thread
@@ -63,6 +63,14 @@ emulate-plain emulate-asan emulate-tsan:
 	    -DRNN_FUSED_SANITIZE=$(SANITIZE)
 	cmake --build build/$@ --target emulation --parallel $(MAX_JOBS)
 	ctest --test-dir build/$@ --output-on-failure --no-tests=error
+
+EMULATED_OPS = build/emulate-plain/tests/emulation/libemulated_ops.so
+emulate-ops: build
+	cmake -S . -B build/emulate-plain -DRNN_FUSED_TESTS=OFF -DRNN_FUSED_EMULATION=ON \
+	    -DRNN_FUSED_TORCH=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")
+	cmake --build build/emulate-plain --target emulated_ops --parallel $(MAX_JOBS)
+	$(BIN)/python -m pytest --emulated-cuda $(EMULATED_OPS) $(PYTEST_ARGS) \
+	    tests/test_ops.py tests/test_autograd.py
 
 # The check of the PTX wrappers; to be run on a GPU.
 build/gpu_primitives: tests/gpu/primitives.cu $(wildcard csrc/cuda/*.*h tests/emulation/*.*h)

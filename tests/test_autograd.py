@@ -46,6 +46,7 @@ def test_gradcheck_of_every_element(cell: str) -> None:
     assert gradcheck(case.function(ops.layer), case.tensors)
 
 
+@pytest.mark.own_ops
 @each_kind
 @each_layout
 def test_the_ops_themselves(kind: str, lengths: tuple[int, ...] | None) -> None:

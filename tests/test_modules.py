@@ -279,6 +279,7 @@ def test_assigned_weight_takes_effect() -> None:
     compare(stock, ours, sequence("padded"))
 
 
+@pytest.mark.own_ops
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_compiles_to_one_graph(kind: str, given: bool) -> None:
@@ -289,6 +290,7 @@ def test_compiles_to_one_graph(kind: str, given: bool) -> None:
     compare(stock, compiled, sequence("padded", batch_first=True), hx)
 
 
+@pytest.mark.own_ops
 @pytest.mark.parametrize("form", ["packed", "packed_unsorted"])
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
 def test_packed_input_compiles_to_one_graph(form: str, given: bool) -> None:
@@ -316,6 +318,7 @@ def test_output_of_unsorted_packing_unpacks() -> None:
     torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.own_ops
 @layers
 def test_meta_device(kind: str) -> None:
     stock, ours = pair(kind, num_layers=2, bidirectional=True, device="meta")

@@ -224,6 +224,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.own_ops
 @each_kind
 def test_saves_only_where_a_gradient_is_needed(kind: str) -> None:
     case = problem(**KINDS[kind])
@@ -236,6 +237,7 @@ def test_saves_only_where_a_gradient_is_needed(kind: str) -> None:
     assert [args[-1] for _, args in mode.calls] == [True, False, False]
 
 
+@pytest.mark.own_ops
 def test_computes_only_the_gradients_that_are_needed() -> None:
     case = problem("lstm", requires_grad=False)
     case.weights.bias_hh[0].requires_grad_()
@@ -385,6 +387,7 @@ def test_autocast_leaves_float64(device: str) -> None:
         assert case.run(ops.layer)[0].dtype == torch.float64
 
 
+@pytest.mark.own_ops
 @each_kind
 @each_layout
 def test_meta_tensors(kind: str, lengths: tuple[int, ...] | None) -> None:
@@ -422,6 +425,7 @@ def test_missing_library_is_explained(tmp_path: Path) -> None:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
+@pytest.mark.own_ops
 def test_weight_gradients_stay_accurate_over_many_rows() -> None:
     """Gradients of one sign, summed over 10^5 rows: a chain in float32 would lose three digits."""
     steps, batch = 200, 500
@@ -445,6 +449,7 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     return ((value.double() - exact).norm() / exact.norm()).item()
 
 
+@pytest.mark.own_ops
 @pytest.mark.parametrize("module", ["LSTM", "GRU", "LSTMCell", "GRUCell"])
 def test_tensors_on_meta_beside_the_cpu_are_an_error(module: str) -> None:
     layer = getattr(rnn_fused, module)(4, 8, device="meta")
