@@ -147,7 +147,8 @@ def write_ninja() -> dict[str, str]:
     cuda = find_cuda()
     ninja = NinjaFile(cuda)
     cpu = ninja.compile("cpu", [])
-    ops = cpu + ninja.compile("plan", []) + ninja.compile("binding", torch_flags)
+    plan = ninja.compile("plan", [])
+    ops = cpu + plan + ninja.compile("binding", torch_flags)
     ops_flags = [f"-L{torch_dir}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
     ops_flags += ["-Wl,--as-needed", "-Wl,-rpath,$ORIGIN/../torch/lib", "-Wl,-z,defs"]
     if cuda is not None:
@@ -164,8 +165,8 @@ def write_ninja() -> dict[str, str]:
     module_flags = [f'-DRNN_FUSED_{name}="{fact}"' for name, fact in facts.items()]
     headers = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     module = ninja.compile("module", module_flags + headers)
-    # The module tells which instruction set is in use; select.cpp needs no kernel for that.
-    module += [obj for obj in cpu if obj.endswith("select.cpp.o")]
+    # The module tells which instruction set is in use, and the plans; that needs no kernel.
+    module += [obj for obj in cpu if obj.endswith(("select.cpp.o", "cpu/plan.cpp.o"))] + plan
     built = {
         "rnn_fused.libops": ninja.add("link", ops, "libops.so", CXX, ops_flags),
         "rnn_fused._C": ninja.add("link", module, "_C.so", CXX, []),

@@ -1,3 +1,5 @@
+from typing import Any
+
 compiler: str
 torch_target: str
 cuda_version: str
@@ -6,3 +8,18 @@ compiled_isas: list[str]
 
 def supported_isas() -> list[str]: ...
 def selected_isa() -> str: ...
+def plan_cpu(
+    cell: str, dtype: str, T: int, B: int, H: int, P: int, directions: int, threads: int
+) -> dict[str, int]: ...
+def plan_cuda(
+    cell: str,
+    dtype: str,
+    T: int,
+    B: int,
+    H: int,
+    P: int,
+    directions: int,
+    allow_tf32: bool,
+    gpu: tuple[int, int, int, int, int],
+    backward: bool,
+) -> dict[str, Any]: ...

@@ -7,6 +7,7 @@ from . import ops, reference
 from .build_info import build_info
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import convert, revert
+from .explain import Gpu, explain
 from .families import kernels
 from .modules import GRU, LSTM, RNN
 
@@ -17,11 +18,13 @@ __all__ = [
     "LSTM",
     "RNN",
     "GRUCell",
+    "Gpu",
     "LSTMCell",
     "RNNCell",
     "__version__",
     "build_info",
     "convert",
+    "explain",
     "kernels",
     "ops",
     "reference",

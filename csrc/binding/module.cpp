@@ -7,10 +7,13 @@
 #include <string>
 #include <vector>
 
+#include "csrc/cpu/plan.h"
 #include "csrc/cpu/select.h"
+#include "csrc/cuda/plan.h"
 
 namespace py = pybind11;
 
+namespace rnn_fused {
 namespace {
 
 #if defined(__clang__)
@@ -29,20 +32,81 @@ std::vector<std::string> split(const std::string& list) {
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
-  for (rnn_fused::Isa isa : rnn_fused::kAllIsas)
-    if (rnn_fused::isa_supported(isa)) names.emplace_back(rnn_fused::isa_name(isa));
+  for (Isa isa : kAllIsas)
+    if (isa_supported(isa)) names.emplace_back(isa_name(isa));
   return names;
 }
 
+template <class T>
+T named(const std::string& name, std::initializer_list<std::pair<const char*, T>> names) {
+  for (const auto& [known, value] : names)
+    if (name == known) return value;
+  throw py::value_error("unknown name '" + name + "'");
+}
+
+// Of a dense layer.
+LayerShape layer_shape(const std::string& cell, const std::string& dtype, int64_t T, int64_t B,
+                       int64_t H, int64_t P, int directions) {
+  return {
+      named<Cell>(cell, {{"lstm", Cell::lstm},
+                         {"gru", Cell::gru},
+                         {"rnn_tanh", Cell::rnn_tanh},
+                         {"rnn_relu", Cell::rnn_relu}}),
+      named<DType>(
+          dtype,
+          {{"f32", DType::f32}, {"f64", DType::f64}, {"bf16", DType::bf16}, {"f16", DType::f16}}),
+      T,
+      B,
+      H,
+      P,
+      directions,
+      nullptr,
+      nullptr};
+}
+
+py::dict cpu_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B,
+                  int64_t H, int64_t P, int directions, int threads) {
+  const Plan plan = plan_layer(layer_shape(cell, dtype, T, B, H, P, directions), threads);
+  py::dict result;
+  result["pack"] = plan.pack;
+  result["row_parts"] = plan.row_parts;
+  result["unit_parts"] = plan.unit_parts;
+  return result;
+}
+
+// gpu: the fields of GpuProperties.
+py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B,
+                   int64_t H, int64_t P, int directions, bool allow_tf32,
+                   const std::tuple<int, int, int64_t, int64_t, int64_t>& gpu, bool backward) {
+  const auto& [capability, sms, registers, shared, shared_of_block] = gpu;
+  const CudaPlan plan =
+      rnn_fused::plan_cuda(layer_shape(cell, dtype, T, B, H, P, directions),
+                           allow_tf32 ? Precision::tf32 : Precision::exact,
+                           {capability, sms, registers, shared, shared_of_block}, backward);
+  py::dict result;
+  result["family"] = plan.family == Family::persistent ? "persistent" : "stepwise";
+  result["units"] = plan.units;
+  result["warps"] = plan.warps;
+  result["k_blocks"] = plan.k_blocks;
+  result["batch_tile"] = plan.batch_tile;
+  result["blocks"] = plan.blocks;
+  result["shared_bytes"] = plan.shared_bytes;
+  result["why"] = plan.why;
+  return result;
+}
+
 }  // namespace
+}  // namespace rnn_fused
 
 PYBIND11_MODULE(_C, m) {
-  m.attr("compiler") = kCompiler;
+  m.attr("compiler") = rnn_fused::kCompiler;
   m.attr("torch_target") = RNN_FUSED_TORCH_TARGET;
   m.attr("cuda_version") = RNN_FUSED_CUDA_VERSION;
-  m.attr("cuda_archs") = split(RNN_FUSED_CUDA_ARCHS);
-  m.attr("compiled_isas") = split(RNN_FUSED_ISAS);
-  m.def("supported_isas", &supported_isas);
+  m.attr("cuda_archs") = rnn_fused::split(RNN_FUSED_CUDA_ARCHS);
+  m.attr("compiled_isas") = rnn_fused::split(RNN_FUSED_ISAS);
+  m.def("supported_isas", &rnn_fused::supported_isas);
   // ValueError where RNN_FUSED_CPU_ISA names no instruction set that this machine can run.
   m.def("selected_isa", [] { return std::string(rnn_fused::isa_name(rnn_fused::selected_isa())); });
+  m.def("plan_cpu", &rnn_fused::cpu_plan);
+  m.def("plan_cuda", &rnn_fused::cuda_plan);
 }

@@ -1,0 +1,143 @@
+"""`explain`: how a module's layers will run, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.modules.rnn import RNNBase
+
+from . import _C, families
+
+DTYPES = {
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+}
+
+
+# cell, dtype, T, B, H, P, directions
+_Layer: TypeAlias = tuple[str, str, int, int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the plan needs to know of a GPU."""
+
+    name: str
+    compute_capability: int  # 90 for 9.0
+    sm_count: int
+    registers_per_sm: int
+    shared_per_sm: int  # bytes
+    shared_per_block: int  # bytes, with opt-in
+
+
+# From NVIDIA's architecture white papers and tuning guides.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("A100", 80, 108, 65536, 164 << 10, 163 << 10),
+        Gpu("H100", 90, 132, 65536, 228 << 10, 227 << 10),
+        Gpu("H200", 90, 132, 65536, 228 << 10, 227 << 10),
+        Gpu("B200", 100, 148, 65536, 228 << 10, 227 << 10),
+        Gpu("RTX 4090", 89, 128, 65536, 100 << 10, 99 << 10),
+    )
+}
+
+
+def explain(module: RNNBase, T: int, B: int, *, device: str | Gpu | None = None) -> str:
+    """How `module` runs on a dense batch: the plan of each pass, and why it is that.
+
+    Args:
+        module: an LSTM, GRU or RNN of this package (or of torch.nn: how it would run converted).
+        T, B: timesteps and sequences, at least 1.
+        device: "cpu", "cuda" for the current CUDA device, the name of a GPU that need not be
+            present ("A100", "H100", "H200", "B200", "RTX 4090"), or a `Gpu`. The device of the
+            module's weights if absent.
+
+    Returns:
+        A few lines of text. Not a format to parse.
+
+    Raises:
+        TypeError: the module is no RNNBase, or its dtype has no kernels.
+        ValueError: T or B is below 1, or the device is unknown.
+        RuntimeError: "cuda" without a CUDA device.
+    """
+    if not isinstance(module, RNNBase):
+        raise TypeError(f"explain needs an LSTM, GRU or RNN, got {type(module).__name__}")
+    if T < 1 or B < 1:
+        raise ValueError(f"T and B must be at least 1, got T={T}, B={B}")
+    weight: Tensor = module.weight_hh_l0  # type: ignore[assignment]
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"there are no kernels for {weight.dtype}")
+    where = weight.device.type if device is None else device
+
+    layers = f"{module.num_layers} layer{'s' if module.num_layers > 1 else ''}"
+    both = ", bidirectional" if module.bidirectional else ""
+    projected = f", proj_size={module.proj_size}" if module.proj_size else ""
+    title = f"{module.mode} H={module.hidden_size}{projected}, {layers}{both}, T={T}, B={B}"
+    H = module.hidden_size
+    P, directions = module.proj_size or H, 2 if module.bidirectional else 1
+    layer = module.mode.lower(), DTYPES[weight.dtype], T, B, H, P, directions
+    lines = [f"{title}, {str(weight.dtype).removeprefix('torch.')}"]
+    if where == "cpu":
+        lines += _cpu(_C.plan_cpu(*layer, torch.get_num_threads()))
+    else:
+        lines += _cuda(layer, _gpu(where), weight.dtype)
+    return "\n".join(lines)
+
+
+def _gpu(where: str | Gpu) -> Gpu:
+    if isinstance(where, Gpu):
+        return where
+    if where == "cuda":
+        p = torch.cuda.get_device_properties()
+        return Gpu(
+            p.name,
+            10 * p.major + p.minor,
+            p.multi_processor_count,
+            p.regs_per_multiprocessor,  # type: ignore[attr-defined]
+            p.shared_memory_per_multiprocessor,
+            p.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        )
+    if where not in GPUS:
+        raise ValueError(f"device must be cpu, cuda or one of {[*GPUS]}, got {where!r}")
+    return GPUS[where]
+
+
+def _cpu(plan: dict[str, int]) -> list[str]:
+    if plan["unit_parts"] > 1:
+        threads = f"hidden units divided among {plan['unit_parts']} threads, a barrier each step"
+    elif plan["row_parts"] > 1:
+        threads = f"sequences divided among {plan['row_parts']} threads, no barrier"
+    else:
+        threads = "one thread"
+    weights = "packed once a call" if plan["pack"] else "as they lie: few rows, packing not repaid"
+    return [f"  on the CPU ({_C.selected_isa()}): {threads}; weights {weights}"]
+
+
+def _cuda(layer: _Layer, gpu: Gpu, dtype: torch.dtype) -> list[str]:
+    limits = (
+        *(gpu.compute_capability, gpu.sm_count, gpu.registers_per_sm),
+        *(gpu.shared_per_sm, gpu.shared_per_block),
+    )
+    tf32 = dtype == torch.float32 and families.allows_tf32()
+    lines = [f"  on {gpu.name} (sm_{gpu.compute_capability}, {gpu.sm_count} SMs)"]
+    if families.forced() != "auto":
+        lines.append(f"  forced: {families.forced()}; the plan would be")
+    for name, backward in (("forward", False), ("backward", True)):
+        plan = _C.plan_cuda(*layer, tf32, limits, backward)
+        if plan["family"] == "persistent":
+            how = (
+                f"persistent: {plan['blocks']} blocks of {plan['units']} hidden units, weights in "
+                f"registers ({plan['warps']} warps, {plan['k_blocks']} runs each), up to "
+                f"{plan['batch_tile']} sequences a pass, {plan['shared_bytes']} bytes of shared "
+                f"memory{', TF32' if tf32 else ''}"
+            )
+        else:
+            how = f"stepwise: {plan['why']}"
+        lines.append(f"  {name}: {how}")
+    return lines

@@ -1,0 +1,99 @@
+"""Which kernels run a layer: `explain` and `kernels`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import rnn_fused
+from rnn_fused import families
+
+
+def test_explains_a_layer_on_the_cpu() -> None:
+    text = rnn_fused.explain(rnn_fused.GRU(8, 64, 2, bidirectional=True), T=100, B=16)
+    assert text.startswith("GRU H=64, 2 layers, bidirectional, T=100, B=16, float32\n")
+    assert "on the CPU" in text
+    assert "packed once a call" in text
+    assert "as they lie" in rnn_fused.explain(rnn_fused.GRU(8, 64), T=1, B=1)
+
+
+def test_explains_the_division_among_threads() -> None:
+    torch.set_num_threads(2)
+    try:
+        assert "sequences divided among 2" in rnn_fused.explain(rnn_fused.LSTM(8, 256), 100, 16)
+        assert "hidden units divided among 2" in rnn_fused.explain(rnn_fused.LSTM(8, 512), 100, 1)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("gpu", ["A100", "H100", "H200", "B200", "RTX 4090"])
+def test_explains_a_layer_on_a_gpu_that_is_not_there(gpu: str) -> None:
+    layer = rnn_fused.LSTM(512, 512, dtype=torch.float16)
+    text = rnn_fused.explain(layer, T=1000, B=16, device=gpu)
+    assert f"on {gpu} (sm_" in text
+    assert text.count("persistent: 64 blocks of 8 hidden units") == 2
+
+
+def test_a_small_gpu_runs_small_layers_only() -> None:
+    gpu = rnn_fused.Gpu("small", 86, 4, 65536, 100 << 10, 99 << 10)
+    assert "persistent" in rnn_fused.explain(rnn_fused.GRU(8, 32), 10, 8, device=gpu)
+    text = rnn_fused.explain(rnn_fused.GRU(8, 512), 10, 8, device=gpu)
+    assert text.count("stepwise: 64 blocks must be resident at once") == 2
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (lambda: rnn_fused.LSTM(8, 64, proj_size=16), "a projection, P = 16"),
+        (lambda: rnn_fused.LSTM(8, 64, dtype=torch.float64), "float64"),
+        (lambda: rnn_fused.LSTM(8, 1025), "H up to 1024, got 1025"),
+    ],
+)
+def test_says_why_a_layer_runs_stepwise(layer, why: str) -> None:
+    text = rnn_fused.explain(layer(), 10, 8, device="H100")
+    assert text.count("stepwise") == 2
+    assert why in text
+
+
+def test_tf32_follows_the_setting_of_torch_nn(monkeypatch: pytest.MonkeyPatch) -> None:
+    for allowed in (False, True):
+        monkeypatch.setattr(families, "allows_tf32", lambda allowed=allowed: allowed)
+        text = rnn_fused.explain(nn.LSTM(8, 64), 10, 8, device="H100")
+        assert text.count("TF32") == (2 if allowed else 0)
+
+
+def test_kernels_nest_and_end_with_an_error() -> None:
+    assert families.forced() == "auto"
+    with rnn_fused.kernels("stepwise"):
+        with rnn_fused.kernels("persistent"):
+            assert families.forced() == "persistent"
+        with pytest.raises(ZeroDivisionError), rnn_fused.kernels("cudnn"):
+            _ = 1 / 0
+        assert families.forced() == "stepwise"
+        text = rnn_fused.explain(rnn_fused.GRU(8, 32), 10, 8, device="H100")
+        assert "forced: stepwise" in text
+    assert families.forced() == "auto"
+
+
+def test_the_cpu_is_not_concerned() -> None:
+    layer, x = rnn_fused.GRU(4, 8), torch.randn(3, 2, 4)
+    expected = layer(x)[0]
+    for family in families.KERNELS:
+        with rnn_fused.kernels(family):
+            assert torch.equal(layer(x)[0], expected)
+
+
+def test_bad_arguments_are_named() -> None:
+    layer = rnn_fused.GRU(4, 8)
+    unknown = pytest.raises(ValueError, match=r"kernels must be one of .*, got 'fast'")
+    with unknown, rnn_fused.kernels("fast"):
+        pass
+    with pytest.raises(TypeError, match="explain needs an LSTM, GRU or RNN, got Linear"):
+        rnn_fused.explain(nn.Linear(2, 2), 1, 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least 1, got T=0, B=2"):
+        rnn_fused.explain(layer, 0, 2)
+    with pytest.raises(ValueError, match=r"device must be .*, got 'TPU'"):
+        rnn_fused.explain(layer, 1, 1, device="TPU")
+    with pytest.raises(TypeError, match=r"no kernels for torch\.complex64"):
+        rnn_fused.explain(nn.GRU(4, 8, dtype=torch.complex64), 1, 1)
