@@ -15,7 +15,7 @@
 #include <tuple>
 #include <vector>
 
-// Absent from a torch without CUDA.
+// Absent from a torch without CUDA, the last from one before 2.13.
 extern "C" {
 __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                         void** ret_stream);
@@ -24,6 +24,7 @@ __attribute__((weak)) AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle 
                                                                AtenTensorHandle mat1,
                                                                AtenTensorHandle mat2, double beta,
                                                                double alpha);
+__attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 }
 
 // A RuntimeError with exactly this message: STD_TORCH_CHECK would put the C++ file and line before
@@ -47,6 +48,14 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
+// A RuntimeError with torch's own message, where torch tells it; older ones print it and no more.
+inline void check_torch(AOTITorchError status) {
+  if (status == AOTI_TORCH_SUCCESS) return;
+  if (torch_exception_get_what_without_backtrace == nullptr)
+    fail("torch failed to allocate a tensor or to run an operator: its message is printed above");
+  fail(torch_exception_get_what_without_backtrace());
+}
+
 inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
@@ -62,12 +71,12 @@ inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes,
   if (dtype)
     type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
   else
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+    check_torch(aoti_torch_get_dtype(like.get(), &type));
+  check_torch(aoti_torch_get_device_type(like.get(), &device));
+  check_torch(aoti_torch_get_device_index(like.get(), &index));
   AtenTensorHandle tensor = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), type, device, index, &tensor));
+  check_torch(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                       strides.data(), type, device, index, &tensor));
   return Tensor(tensor);
 }
 
@@ -75,7 +84,7 @@ inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes,
 inline Tensor vector(const Tensor& t, int64_t size, int64_t offset) {
   const int64_t stride = 1;
   AtenTensorHandle view = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 1, &size, &stride, offset, &view));
+  check_torch(aoti_torch__reinterpret_tensor(t.get(), 1, &size, &stride, offset, &view));
   return Tensor(view);
 }
 inline Tensor matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t row_stride,
@@ -83,7 +92,7 @@ inline Tensor matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t row
   const int64_t sizes[] = {rows, columns};
   const int64_t strides[] = {row_stride, column_stride};
   AtenTensorHandle view = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, offset, &view));
+  check_torch(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, offset, &view));
   return Tensor(view);
 }
 
@@ -92,11 +101,10 @@ inline void matmul(const Tensor& a, const Tensor& b, const Tensor& out, bool acc
   using torch::stable::detail::from;
   if (accumulate) {  // not through the dispatcher: the stable ABI has no Scalar arguments
     const auto addmm = out.is_cpu() ? aoti_torch_cpu_addmm_out : aoti_torch_cuda_addmm_out;
-    TORCH_ERROR_CODE_CHECK(addmm(out.get(), out.get(), a.get(), b.get(), 1, 1));
+    check_torch(addmm(out.get(), out.get(), a.get(), b.get(), 1, 1));
   } else {
     std::array<StableIValue, 3> stack = {from(a), from(b), from(out)};
-    TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    check_torch(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // releases the returned reference to out
   }
 }
@@ -109,8 +117,7 @@ inline void matmul_widened(const Tensor& a, const Tensor& b, const Tensor& out) 
 #endif
   using torch::stable::detail::from;
   std::array<StableIValue, 4> stack = {from(a), from(b), from(out.scalar_type()), from(out)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+  check_torch(torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 

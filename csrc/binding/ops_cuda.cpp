@@ -22,7 +22,7 @@ class OnDevice {
     RNN_FUSED_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                     "CUDA tensors need a PyTorch with CUDA support, got one without");
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    check_torch(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
     this->stream = static_cast<cudaStream_t>(stream);
   }
   cudaStream_t stream;
