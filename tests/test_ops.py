@@ -461,3 +461,11 @@ def test_one_bias_without_the_other_is_an_error() -> None:
     weights = LayerWeights((torch.randn(12, 3),), (torch.randn(12, 4),), (), (torch.randn(12),), ())
     with pytest.raises(RuntimeError, match="both or neither"):
         ops.layer(torch.randn(2, 1, 3), torch.zeros(1, 1, 4), None, weights, cell="gru")
+
+
+@pytest.mark.own_ops
+def test_out_of_memory_says_so() -> None:
+    """The message is torch's own; nothing is allocated before it fails."""
+    x = torch.empty(1, 1, 1).expand(10**6, 10**6, 1)  # to be made contiguous: 4 TB
+    with pytest.raises(RuntimeError, match="allocate"):
+        rnn_fused.LSTM(1, 64)(x)

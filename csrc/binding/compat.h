@@ -56,8 +56,18 @@ inline void check_torch(AOTITorchError status) {
   fail(torch_exception_get_what_without_backtrace());
 }
 
+// A call of torch's with one result. stack: the arguments.
+template <size_t kSize>
+Tensor call(const char* op, const char* overload, std::array<StableIValue, kSize> stack) {
+  check_torch(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 inline Tensor as_contiguous(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  using torch::stable::detail::from;
+  if (t.is_contiguous()) return t;
+  return call<2>("aten::contiguous", "",
+                 {from(t), from(torch::headeronly::MemoryFormat::Contiguous)});
 }
 
 // Like torch.empty, on the device of `like`. The shim costs a quarter of a dispatched new_empty,
@@ -103,9 +113,7 @@ inline void matmul(const Tensor& a, const Tensor& b, const Tensor& out, bool acc
     const auto addmm = out.is_cpu() ? aoti_torch_cpu_addmm_out : aoti_torch_cuda_addmm_out;
     check_torch(addmm(out.get(), out.get(), a.get(), b.get(), 1, 1));
   } else {
-    std::array<StableIValue, 3> stack = {from(a), from(b), from(out)};
-    check_torch(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);  // releases the returned reference to out
+    call<3>("aten::mm", "out", {from(a), from(b), from(out)});
   }
 }
 
@@ -116,9 +124,7 @@ inline void matmul_widened(const Tensor& a, const Tensor& b, const Tensor& out) 
                 out);
 #endif
   using torch::stable::detail::from;
-  std::array<StableIValue, 4> stack = {from(a), from(b), from(out.scalar_type()), from(out)};
-  check_torch(torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
+  call<4>("aten::mm", "dtype_out", {from(a), from(b), from(out.scalar_type()), from(out)});
 }
 
 }  // namespace rnn_fused
