@@ -53,9 +53,20 @@ def has_kernels(device: str, index: int | None) -> bool:
     """Whether this build has kernels for a device; elsewhere torch's own op runs."""
     if device != "cuda":
         return device in ("cpu", "meta")
-    if not _C.cuda_archs or torch.version.cuda is None:  # a ROCm device is called cuda, too
+    if torch.version.cuda is None:  # a ROCm device is called cuda, too
         return False
-    return torch.cuda.get_device_capability(index) >= OLDEST_CAPABILITY
+    capability = torch.cuda.get_device_capability(index)
+    return any(_runs_on(arch, capability) for arch in _C.cuda_archs)
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether a device runs machine code of `arch`: that of its own major version, not of a later
+    minor one; sm_90a and its like run on their very own version only."""
+    digits = arch.removeprefix("sm_").rstrip("af")
+    major, minor = int(digits[:-1]), int(digits[-1])
+    if capability < OLDEST_CAPABILITY or major != capability[0]:
+        return False
+    return minor == capability[1] if arch.endswith("a") else minor <= capability[1]
 
 
 @torch.compiler.assume_constant_result

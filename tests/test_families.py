@@ -63,6 +63,35 @@ def test_tf32_follows_the_setting_of_torch_nn(monkeypatch: pytest.MonkeyPatch) -
         assert text.count("TF32") == (2 if allowed else 0)
 
 
+@pytest.mark.parametrize(
+    ("capability", "archs", "runs"),
+    [
+        ((8, 0), ["sm_80"], True),
+        ((8, 9), ["sm_80", "sm_90a"], True),
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_80", "sm_90a"], True),
+        ((9, 0), ["sm_80"], False),
+        ((10, 3), ["sm_100"], True),
+        ((10, 3), ["sm_100a"], False),
+        ((12, 0), ["sm_80", "sm_90a", "sm_100", "sm_120"], True),
+        ((11, 0), ["sm_100", "sm_120"], False),
+        ((7, 5), ["sm_75"], False),
+        ((9, 0), [], False),
+    ],
+)
+def test_kernels_run_where_there_is_code_for_the_device(
+    capability: tuple[int, int], archs: list[str], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(families._C, "cuda_archs", archs)
+    assert families.has_kernels("cuda", 0) == runs
+    monkeypatch.setattr(torch.version, "cuda", None)  # ROCm
+    assert not families.has_kernels("cuda", 0)
+    assert families.has_kernels("cpu", None)
+    assert not families.has_kernels("mps", 0)
+
+
 def test_kernels_nest_and_end_with_an_error() -> None:
     assert families.forced() == "auto"
     with rnn_fused.kernels("stepwise"):
