@@ -53,8 +53,8 @@ def _fake_forward(
     batch_sizes: Tensor | None,
     cell: str,
     save: bool,
-    kernels: str = "auto",
-    allow_tf32: bool = False,
+    kernels: str,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     # The kernels check this too, but a meta tensor among the arguments leads here instead.
     for tensor in (hx, cx, *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr):
@@ -95,8 +95,8 @@ def _fake_backward(
     need_input: bool,
     need_state: bool,
     need_weights: bool,
-    kernels: str = "auto",
-    allow_tf32: bool = False,
+    kernels: str,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     def gradient(like: Tensor | None, needed: bool) -> Tensor:
         return input.new_empty(like.shape if like is not None and needed else 0)

@@ -55,7 +55,8 @@ def test_the_ops_themselves(kind: str, lengths: tuple[int, ...] | None) -> None:
 
     def layer(input: Tensor, hx: Tensor, cx: Tensor, weights: Any, **options: Any) -> Any:
         batch_sizes, cell = options["batch_sizes"], options["cell"]
-        outputs = library.layer_forward(input, hx, cx, *weights, batch_sizes, cell, True)
+        how = cell, True, "auto", False
+        outputs = library.layer_forward(input, hx, cx, *weights, batch_sizes, *how)
         return outputs[: 2 if cx is None else 3]
 
     function = case.function(layer)

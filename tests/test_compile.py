@@ -165,7 +165,8 @@ def test_opcheck_of_the_forward(
 ) -> None:
     case = problem(**KINDS[kind], lengths=lengths, directions=2, dtype=dtype)
     tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype is torch.bfloat16 else {}
-    torch.library.opcheck(library.layer_forward, (*op_arguments(case), True), **tolerance)
+    arguments = *op_arguments(case), True, "auto", False
+    torch.library.opcheck(library.layer_forward, arguments, **tolerance)
 
 
 @pytest.mark.parametrize(
@@ -184,11 +185,10 @@ def test_opcheck_of_the_backward(
     options = {"lengths": lengths, "requires_grad": lengths is None}
     case = problem(**KINDS[kind], **options, directions=2, dtype=torch.float32)
     with torch.no_grad():
-        output, h_n, c_n, *saved = library.layer_forward(*op_arguments(case), True)
+        output, h_n, c_n, *saved = library.layer_forward(*op_arguments(case), True, "auto", False)
     likes = [output, h_n, c_n if case.cell == "lstm" else None]
     grads = [
         None if o is None else torch.randn_like(o, requires_grad=lengths is None) for o in likes
     ]
-    torch.library.opcheck(
-        library.layer_backward, (*grads, *op_arguments(case), output, *saved, *needs)
-    )
+    arguments = *grads, *op_arguments(case), output, *saved, *needs, "auto", False
+    torch.library.opcheck(library.layer_backward, arguments)

@@ -167,7 +167,8 @@ def call_op(case: Problem, save: bool) -> tuple[Tensor, ...]:
     with torch.no_grad():
         states = case.input, case.hx, case.cx
         weights = [list(field) for field in case.weights]
-        return library.layer_forward(*states, *weights, case.batch_sizes, case.cell, save)
+        how = case.cell, save, "auto", False
+        return library.layer_forward(*states, *weights, case.batch_sizes, *how)
 
 
 @each_kind
@@ -234,7 +235,7 @@ def test_saves_only_where_a_gradient_is_needed(kind: str) -> None:
         constant.run(ops.layer)
         with torch.no_grad():
             case.run(ops.layer)
-    assert [args[-1] for _, args in mode.calls] == [True, False, False]
+    assert [args[-3] for _, args in mode.calls] == [True, False, False]
 
 
 @pytest.mark.own_ops
@@ -243,7 +244,7 @@ def test_computes_only_the_gradients_that_are_needed() -> None:
     case.weights.bias_hh[0].requires_grad_()
     with Calls() as mode:
         case.run(ops.layer)[0].sum().backward()
-    assert mode.calls[1][1][-3:] == (False, False, True)
+    assert mode.calls[1][1][-5:-2] == (False, False, True)
 
 
 def test_inference_mode() -> None:
