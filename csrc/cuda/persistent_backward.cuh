@@ -19,7 +19,7 @@
 namespace rnn_fused::persistent {
 
 // kCell: rnn_tanh stands for both RNNs.
-template <class Policy, Cell kCell, int kBlocks>
+template <class Policy, Cell kCell, int kBlocks, bool kAligned>
 class Backward {
   using T = typename Policy::T;
   static constexpr int G = gate_count(kCell), S = saved_count(kCell);
@@ -44,7 +44,6 @@ class Backward {
         sums_(shared),
         dh_(shared + kWarps * tile * sum_pitch(1)),
         dc_(dh_ + p.B * kUnits),
-        aligned_(rows_aligned(grad_gates(), p.H, p.H)),
         product_(static_cast<int>(p.H), [&](int, int gate, int k) {
           const int unit = blockIdx.x * kUnits + threadIdx.x % 32 / 4;
           const T* const weights = static_cast<const T*>(dir_.weight_hh);
@@ -163,11 +162,9 @@ class Backward {
   // W_hh^T times the gradients of the pre-activations. Those of a GRU's n reach h through hn.
   __device__ __forceinline__ void multiply(Step now, int first) {
     product_.multiply(
-        pass_size(now.active, first, tile_), aligned_,
-        [&](int b, int gate) {
-          const int column = kGru && gate == 2 ? 3 : gate;
-          return grad_gates() + ((now.row + first + b) * S + column) * p_.H;
-        },
+        pass_size(now.active, first, tile_),
+        [&](int b) { return grad_gates() + (now.row + first + b) * S * p_.H; },
+        [&](int gate) { return (kGru && gate == 2 ? 3 : gate) * p_.H; },
         sums_ + threadIdx.x / 32 * tile_ * sum_pitch(1));
   }
 
@@ -186,26 +183,30 @@ class Backward {
   float* const sums_;  // [kWarps, tile, sum_pitch]
   float* const dh_;    // [B, kUnits]
   float* const dc_;    // [B, kUnits], an LSTM's
-  const bool aligned_;
-  const Product<Policy, 1, G, kBlocks> product_;
+  const Product<Policy, 1, G, kBlocks, kAligned> product_;
   Saved saved_[kOwn] = {};
 };
 
 // blockIdx: (block of units, direction). counters: zero, kBarrierStride apart.
-template <class Policy, Cell kCell, int kBlocks>
+template <class Policy, Cell kCell, int kBlocks, bool kAligned>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy::T), kBlocks))
     backward_kernel(const __grid_constant__ BackwardParams p, int tile, uint32_t* counters) {
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
-  Backward<Policy, kCell, kBlocks> block(p, tile, shared);
+  Backward<Policy, kCell, kBlocks, kAligned> block(p, tile, shared);
   block.run(gpu::GridBarrier(counters + blockIdx.y * kBarrierStride, gridDim.x));
 }
 
 template <class Policy>
 void launch_backward(const CudaPlan& plan, const BackwardParams& params, uint32_t* counters,
                      cudaStream_t stream) {
-  launch_persistent(plan, params, counters, stream, [](auto cell, auto k_blocks) {
-    return backward_kernel<Policy, cell.value, k_blocks.value>;
-  });
+  bool aligned = true;
+  for (int d = 0; d < params.directions; ++d)
+    aligned = aligned &&
+              rows_aligned<typename Policy::T>(params.direction[d].grad_gates, params.H, params.H);
+  launch_persistent(plan, aligned, params, counters, stream,
+                    [](auto cell, auto k_blocks, auto aligned) {
+                      return backward_kernel<Policy, cell.value, k_blocks.value, aligned.value>;
+                    });
 }
 
 }  // namespace rnn_fused::persistent

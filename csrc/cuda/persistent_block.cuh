@@ -62,9 +62,9 @@ __device__ inline float value_or_zero(const void* from, int64_t i) {
 // Launch
 // ---------------------------------------------------------------------------------------------
 
-// kernel_of(cell, k_blocks): the kernel for two std::integral_constants.
+// kernel_of(cell, k_blocks, aligned): the kernel for these std::integral_constants.
 template <class Params, class KernelOf>
-void launch_persistent(const CudaPlan& plan, const Params& params, uint32_t* counters,
+void launch_persistent(const CudaPlan& plan, bool aligned, const Params& params, uint32_t* counters,
                        cudaStream_t stream, KernelOf kernel_of) {
   const auto launch = [&](void (*kernel)(Params, int, uint32_t*)) {
     const dim3 grid(static_cast<unsigned>(plan.blocks / params.directions), params.directions);
@@ -72,12 +72,18 @@ void launch_persistent(const CudaPlan& plan, const Params& params, uint32_t* cou
     gpu::launch_cooperative(kernel, grid, kThreads, plan.shared_bytes, stream, params,
                             plan.batch_tile, counters);
   };
+  const auto with_alignment = [&](auto cell, auto k_blocks) {
+    if (aligned)
+      launch(kernel_of(cell, k_blocks, std::true_type()));
+    else
+      launch(kernel_of(cell, k_blocks, std::false_type()));
+  };
   const auto with_k_blocks = [&](auto cell) {
     switch (plan.k_blocks) {
-      case 1: return launch(kernel_of(cell, std::integral_constant<int, 1>()));
-      case 2: return launch(kernel_of(cell, std::integral_constant<int, 2>()));
-      case 3: return launch(kernel_of(cell, std::integral_constant<int, 3>()));
-      case 4: return launch(kernel_of(cell, std::integral_constant<int, 4>()));
+      case 1: return with_alignment(cell, std::integral_constant<int, 1>());
+      case 2: return with_alignment(cell, std::integral_constant<int, 2>());
+      case 3: return with_alignment(cell, std::integral_constant<int, 3>());
+      case 4: return with_alignment(cell, std::integral_constant<int, 4>());
     }
   };
   switch (params.cell) {

@@ -20,7 +20,7 @@
 namespace rnn_fused::persistent {
 
 // kCell: rnn_tanh stands for both RNNs.
-template <class Policy, Cell kCell, int kBlocks>
+template <class Policy, Cell kCell, int kBlocks, bool kAligned>
 class Forward {
   using T = typename Policy::T;
   static constexpr int G = gate_count(kCell), S = saved_count(kCell);
@@ -37,14 +37,12 @@ class Forward {
         sums_(shared),
         bias_(shared + kWarps * tile * sum_pitch(G)),
         state_(bias_ + S * kUnits),
-        aligned_(rows_aligned(output(), p.output_stride, p.H) &&
-                 rows_aligned(static_cast<const T*>(dir_.h0), p.H, p.H)),
         product_(static_cast<int>(p.H), [&](int gate, int, int k) {
           const int unit = blockIdx.x * kUnits + threadIdx.x % 32 / 4;
           const T* const weights = static_cast<const T*>(dir_.weight_hh);
           if (unit >= p.H) return Eight<T>();
-          return load_eight(weights + (gate * p.H + unit) * p.H + k, static_cast<int>(p.H) - k,
-                            rows_aligned(weights, p.H, p.H));
+          return load_eight<kAligned>(weights + (gate * p.H + unit) * p.H + k,
+                                      static_cast<int>(p.H) - k);
         }) {
     if (!owns()) return;
     if (threadIdx.x < kUnits) add_biases();
@@ -114,13 +112,13 @@ class Forward {
   // that begins now has it in h0.
   __device__ __forceinline__ void multiply(Step before, Step now, int first) {
     product_.multiply(
-        pass_size(now.active, first, tile_), aligned_,
-        [&](int b, int) {
+        pass_size(now.active, first, tile_),
+        [&](int b) {
           const int sequence = first + b;
           return sequence < before.active ? output() + (before.row + sequence) * p_.output_stride
                                           : static_cast<const T*>(dir_.h0) + sequence * p_.H;
         },
-        sums_ + threadIdx.x / 32 * tile_ * sum_pitch(G));
+        [](int) { return 0; }, sums_ + threadIdx.x / 32 * tile_ * sum_pitch(G));
   }
 
   __device__ __forceinline__ void activate(Step now, Step next, int first) {
@@ -175,26 +173,34 @@ class Forward {
   float* const sums_;   // [kWarps, tile, sum_pitch]
   float* const bias_;   // [S, kUnits]
   float* const state_;  // [B, kUnits] c, or h of a GRU
-  const bool aligned_;
-  const Product<Policy, G, 1, kBlocks> product_;
+  const Product<Policy, G, 1, kBlocks, kAligned> product_;
   float x_[kOwn][G] = {};
 };
 
 // blockIdx: (block of units, direction). counters: zero, kBarrierStride apart.
-template <class Policy, Cell kCell, int kBlocks>
+template <class Policy, Cell kCell, int kBlocks, bool kAligned>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy::T), kBlocks))
     forward_kernel(const __grid_constant__ ForwardParams p, int tile, uint32_t* counters) {
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
-  Forward<Policy, kCell, kBlocks> block(p, tile, shared);
+  Forward<Policy, kCell, kBlocks, kAligned> block(p, tile, shared);
   block.run(gpu::GridBarrier(counters + blockIdx.y * kBarrierStride, gridDim.x));
 }
 
 template <class Policy>
 void launch_forward(const CudaPlan& plan, const ForwardParams& params, uint32_t* counters,
                     cudaStream_t stream) {
-  launch_persistent(plan, params, counters, stream, [](auto cell, auto k_blocks) {
-    return forward_kernel<Policy, cell.value, k_blocks.value>;
-  });
+  using T = typename Policy::T;
+  bool aligned = true;
+  for (int d = 0; d < params.directions; ++d) {
+    const ForwardDirection& dir = params.direction[d];
+    aligned = aligned && rows_aligned<T>(dir.output, params.output_stride, params.H) &&
+              rows_aligned<T>(dir.h0, params.H, params.H) &&
+              rows_aligned<T>(dir.weight_hh, params.H, params.H);
+  }
+  launch_persistent(plan, aligned, params, counters, stream,
+                    [](auto cell, auto k_blocks, auto aligned) {
+                      return forward_kernel<Policy, cell.value, k_blocks.value, aligned.value>;
+                    });
 }
 
 }  // namespace rnn_fused::persistent

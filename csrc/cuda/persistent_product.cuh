@@ -41,7 +41,7 @@ __device__ __forceinline__ Eight<T> gather_eight(const T* from, int64_t stride, 
   Eight<T> eight;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    if (i >= count) continue;
+    if (i >= count) break;  // eight predicates would cost more registers
     if constexpr (sizeof(T) == 4)
       eight.words[i] = __ldcg(reinterpret_cast<const uint32_t*>(from) + i * stride);
     else
@@ -51,10 +51,10 @@ __device__ __forceinline__ Eight<T> gather_eight(const T* from, int64_t stride, 
   return eight;
 }
 
-// Consecutive ones. aligned: `from` is, to 16 bytes, and count is 8 or more, or not positive.
-template <class T>
-__device__ __forceinline__ Eight<T> load_eight(const T* from, int count, bool aligned) {
-  if (!aligned) return gather_eight(from, 1, count);
+// Consecutive ones. kAligned: `from` is, to 16 bytes, and count is 8 or more, or not positive.
+template <bool kAligned, class T>
+__device__ __forceinline__ Eight<T> load_eight(const T* from, int count) {
+  if constexpr (!kAligned) return gather_eight(from, 1, count);
   Eight<T> eight;
   if (count <= 0) return eight;
 #pragma unroll
@@ -70,7 +70,7 @@ __device__ __forceinline__ Eight<T> load_eight(const T* from, int count, bool al
 
 // Whether load_eight may take every row of a matrix [rows, H] as aligned.
 template <class T>
-__device__ inline bool rows_aligned(const T* first, int64_t stride, int64_t H) {
+bool rows_aligned(const void* first, int64_t stride, int64_t H) {
   return reinterpret_cast<uintptr_t>(first) % 16 == 0 && stride * sizeof(T) % 16 == 0 && H % 8 == 0;
 }
 
@@ -211,7 +211,7 @@ constexpr int largest_divisor(int n, int limit) {
   return limit;
 }
 
-template <class Policy, int kColumns, int kGroups, int kBlocks>
+template <class Policy, int kColumns, int kGroups, int kBlocks, bool kAligned>
 class Product {
   using T = typename Policy::T;
   static constexpr int kItems = kGroups * kBlocks;  // k-blocks of a tile
@@ -241,10 +241,11 @@ class Product {
       }
   }
 
-  // row(b, group): where the row of sequence b begins, for b < count; rows beyond are not read.
+  // row(b): where the row of sequence b begins, for b < count; rows beyond are not read.
+  // offset(group): where in a row the group begins.
   // sums: this warp's [batch tile, sum_pitch], written up to `count` rounded up to kSequences.
-  template <class Row>
-  __device__ __forceinline__ void multiply(int count, bool aligned, Row row, float* sums) const {
+  template <class Row, class Offset>
+  __device__ __forceinline__ void multiply(int count, Row row, Offset offset, float* sums) const {
     constexpr int kStep = kTiles * Policy::kSequences;
     const int lane = threadIdx.x % 32;
     Eight<T> x[kOperands][Policy::kRows];
@@ -264,8 +265,8 @@ class Product {
         for (int r = 0; r < Policy::kRows; ++r) {
           const int b = next_first + next / kItems * Policy::kSequences + Policy::sequence(lane, r);
           if (b < count)  // else whatever is there: its sums are not read
-            operand[r] =
-                load_eight(row(b, item / kBlocks) + own_k(item), H_ - own_k(item), aligned);
+            operand[r] = load_eight<kAligned>(row(b) + offset(item / kBlocks) + own_k(item),
+                                              H_ - own_k(item));
         }
       }
       if (first < 0) continue;

@@ -49,10 +49,10 @@ constexpr int kMinBatchTile = 16;  // the rows of one mma
 
 constexpr int64_t kRegistersPerSm = 65536;  // that the launch bounds reckon with
 
-// Blocks that the registers of an SM have room for: the launch bounds of the kernels, and
-// what the plan relies on. A spill fails the build.
-constexpr int blocks_per_sm(int64_t element_bytes, int k_blocks) {
-  return element_bytes * k_blocks <= 0 ? 2 : 1;
+// Blocks that the registers of an SM have room for: the launch bounds of the kernels, and what the
+// plan relies on. A spill fails the build.
+RNN_FUSED_HD constexpr int blocks_per_sm(int64_t element_bytes, int k_blocks) {
+  return element_bytes * k_blocks <= 2 ? 2 : 1;
 }
 
 // Floats of one sequence among the sums that a warp leaves in shared memory: each unit has one, or

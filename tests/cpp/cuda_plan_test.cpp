@@ -61,7 +61,7 @@ TEST_CASE("what the persistent kernels cannot do") {
   }
 }
 
-// One block to an SM.
+// One block to an SM; two of 16-bit types for H up to 256.
 TEST_CASE("all blocks of all directions are resident at once") {
   const auto persistent = [](int64_t H, int directions, const GpuProperties& gpu) {
     const CudaPlan p = plan(shape(16, H, directions), gpu);
@@ -74,8 +74,12 @@ TEST_CASE("all blocks of all directions are resident at once") {
   CHECK(persistent(864, 1, kA100));
   CHECK(!persistent(865, 1, kA100));
   CHECK(persistent(1024, 1, kRtx4090));
-  CHECK(persistent(128, 1, kSmall));
-  CHECK(!persistent(129, 1, kSmall));
+  CHECK(persistent(256, 1, kSmall));
+  CHECK(!persistent(257, 1, kSmall));
+  CHECK(persistent(128, 2, kSmall));
+  CHECK(!persistent(129, 2, kSmall));
+  CHECK(plan(shape(16, 128, 1, Cell::lstm, DType::f32), kSmall).family == Family::persistent);
+  CHECK(plan(shape(16, 129, 1, Cell::lstm, DType::f32), kSmall).family == Family::stepwise);
   CHECK(mentions(plan(shape(16, 1024, 2), kH100), "256 blocks"));
   CHECK(mentions(plan(shape(16, 1024, 2), kH100), "room for 132"));
 }

@@ -29,7 +29,7 @@ struct Case : Sizes {
 // grad_gates.
 double tolerance(const Case& c) {
   if (c.precision == Precision::tf32) return 2e-3;
-  return c.dtype == DType::f32 ? 2e-6 : 2 * roundoff(c.dtype);
+  return c.dtype == DType::f32 ? 2e-6 : 4 * roundoff(c.dtype);
 }
 
 // What was not to be written, NaN in `expected`, must be NaN still.
