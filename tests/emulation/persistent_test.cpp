@@ -75,6 +75,7 @@ void check_case(const Case& c, uint64_t seed) {
   const Upstream upstream(l, seed, seed % 3 == 1, seed % 3 == 2);
   const Backward expected_grads = run_backward(Isa::portable, l, kOneThread, saved, upstream);
   for (uint64_t order : {0, 1}) {
+    if (order == 0 && c.H > 100) continue;  // takes its time
     CAPTURE(order);
     emulation::set_seed(order);
     const Forward result = run_forward(l, c.save, products, forward);
@@ -97,7 +98,8 @@ void check_case(const Case& c, uint64_t seed) {
 }
 
 // Every cell and type, with other sizes and options each time.
-void check_cases(std::initializer_list<int64_t> sizes_of_h, uint64_t seed) {
+void check_cases(std::initializer_list<int64_t> sizes_of_h, std::initializer_list<int64_t> batches,
+                 std::initializer_list<int64_t> steps, uint64_t seed) {
   Random random(seed);
   for (const auto& [dtype, precision] : {std::pair{DType::bf16, Precision::exact},
                                          {DType::f16, Precision::exact},
@@ -105,7 +107,7 @@ void check_cases(std::initializer_list<int64_t> sizes_of_h, uint64_t seed) {
                                          {DType::f32, Precision::tf32}})
     for (Cell cell : kCells)
       for (int64_t H : sizes_of_h) {
-        Case c{{cell, dtype, random.one_of({1, 2, 5}), random.one_of({1, 3, 8, 17, 70})}};
+        Case c{{cell, dtype, random.one_of(steps), random.one_of(batches)}};
         c.I = 3;
         c.H = H;
         c.directions = static_cast<int>(random.integer(1, 2));
@@ -119,10 +121,19 @@ void check_cases(std::initializer_list<int64_t> sizes_of_h, uint64_t seed) {
       }
 }
 
-TEST_CASE("persistent kernels equal the CPU core") { check_cases({1, 7, 8, 9, 33, 40}, 1); }
+TEST_CASE("persistent kernels equal the CPU core") {
+  for (uint64_t seed = 1; seed <= 4; ++seed)
+    check_cases({1, 7, 8, 9, 33, 40}, {1, 3, 8, 17, 70}, {1, 2, 5}, seed);
+}
 
-// More k-blocks than one.
-TEST_CASE("persistent kernels of large layers equal the CPU core") { check_cases({260}, 2); }
+TEST_CASE("persistent kernels with two k-blocks equal the CPU core") {
+  check_cases({260}, {1, 17, 70}, {1, 2, 5}, 5);
+}
+
+// Three and four: so many threads that a small batch must do.
+TEST_CASE("persistent kernels with more k-blocks equal the CPU core") {
+  check_cases({520, 776}, {1, 3}, {2}, 6);
+}
 
 }  // namespace
 }  // namespace rnn_fused
