@@ -15,8 +15,10 @@ constexpr GpuProperties kH100 = {90, 132, 65536, 233472, 232448};
 
 #ifdef __SANITIZE_THREAD__
 constexpr int64_t kMaxBlocks = 31;  // as many threads as ThreadSanitizer can tell apart
+constexpr uint64_t kRounds = 1;
 #else
 constexpr int64_t kMaxBlocks = 132;
+constexpr uint64_t kRounds = 4;
 #endif
 
 struct Case : Sizes {
@@ -32,9 +34,10 @@ double tolerance(const Case& c) {
   return c.dtype == DType::f32 ? 2e-6 : 4 * roundoff(c.dtype);
 }
 
-// What was not to be written, NaN in `expected`, must be NaN still.
+// What was not to be written, NaN in `expected`, must be NaN still. `floor`: the error of one
+// element where the norm is next to nothing.
 void check_close(const doctest::String& what, const Array& actual, const Array& expected,
-                 double tolerance) {
+                 double tolerance, double floor) {
   REQUIRE(actual.size() == expected.size());
   double error = 0, norm = 0;
   for (int64_t i = 0; i < actual.size(); ++i) {
@@ -43,7 +46,9 @@ void check_close(const doctest::String& what, const Array& actual, const Array& 
     norm += std::pow(expected[i], 2);
   }
   INFO(what, ": relative error ", std::sqrt(error / norm));
-  CHECK(std::sqrt(error) <= tolerance * std::sqrt(norm));  // false where one of them is NaN
+  const double size = static_cast<double>(actual.size());
+  // False where one of them is NaN.
+  CHECK(std::sqrt(error) <= tolerance * std::sqrt(norm) + floor * std::sqrt(size));
 }
 
 CudaPlan plan_of(const Case& c, const LayerShape& shape, bool backward) {
@@ -69,6 +74,7 @@ void check_case(const Case& c, uint64_t seed) {
     persistent_backward(plan_of(c, params, true), c.precision, params, barrier.get(), nullptr);
   };
   const double tol = tolerance(c);
+  const double floor = c.dtype == DType::f16 ? 0x1p-23 : 0;  // gradients may be subnormal
   const Forward expected = run_forward(Isa::portable, l, kOneThread, c.save, products);
   const Forward saved =
       c.save ? expected : run_forward(Isa::portable, l, kOneThread, true, products);
@@ -79,19 +85,19 @@ void check_case(const Case& c, uint64_t seed) {
     CAPTURE(order);
     emulation::set_seed(order);
     const Forward result = run_forward(l, c.save, products, forward);
-    check_close("output", result.output, expected.output, tol);
+    check_close("output", result.output, expected.output, tol, floor);
     const Backward grads = run_backward(l, saved, upstream, backward);
     for (int d = 0; d < l.directions; ++d) {
       CAPTURE(d);
       const Forward::Direction &a = result.direction[d], &e = expected.direction[d];
-      check_close("gates", a.gates, e.gates, tol);
-      check_close("cells", a.cells, e.cells, tol);
-      check_close("h_n", a.h_n, e.h_n, tol);
-      check_close("c_n", a.c_n, e.c_n, tol);
+      check_close("gates", a.gates, e.gates, tol, floor);
+      check_close("cells", a.cells, e.cells, tol, floor);
+      check_close("h_n", a.h_n, e.h_n, tol, floor);
+      check_close("c_n", a.c_n, e.c_n, tol, floor);
       const Backward::Direction &g = grads.direction[d], &h = expected_grads.direction[d];
-      check_close("grad_gates", g.gates, h.gates, tol);
-      check_close("grad_h0", g.h0, h.h0, tol);
-      check_close("grad_c0", g.c0, h.c0, tol);
+      check_close("grad_gates", g.gates, h.gates, tol, floor);
+      check_close("grad_h0", g.h0, h.h0, tol, floor);
+      check_close("grad_c0", g.c0, h.c0, tol, floor);
     }
   }
   emulation::set_seed(0);
@@ -122,7 +128,7 @@ void check_cases(std::initializer_list<int64_t> sizes_of_h, std::initializer_lis
 }
 
 TEST_CASE("persistent kernels equal the CPU core") {
-  for (uint64_t seed = 1; seed <= 4; ++seed)
+  for (uint64_t seed = 1; seed <= kRounds; ++seed)
     check_cases({1, 7, 8, 9, 33, 40}, {1, 3, 8, 17, 70}, {1, 2, 5}, seed);
 }
 
