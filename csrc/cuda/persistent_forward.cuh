@@ -7,7 +7,7 @@
 // What a step costs: every SM reads all of h from L2, B * H * 2 bytes at 64 bytes a clock (B = 32,
 // H = 1024: 64 KiB, 0.6 us at 1.75 GHz), and h crosses L2 three times (stored, announced, read),
 // about 1.3 us. The products take less: B * H * 32 * 2 flops of an SM, 0.2 us. So W_ih x is read
-// before the barrier is waited for, and all reads of h are on the way before the first is used.
+// before the barrier is waited for, and reads of h are on the way while others are multiplied.
 #pragma once
 
 #include "csrc/core/cells.h"
