@@ -61,6 +61,14 @@ TEST_CASE("what the persistent kernels cannot do") {
   }
 }
 
+// Forward h, backward the gradients of four gates: an SM reads 1 MiB of them at most.
+TEST_CASE("large batches of large layers are left to products") {
+  CHECK(plan(shape(512, 1024), kH100).family == Family::persistent);
+  CHECK(mentions(plan(shape(513, 1024), kH100), "would read 1050624 bytes each step"));
+  CHECK(plan(shape(128, 1024), kH100, true).family == Family::persistent);
+  CHECK(mentions(plan(shape(129, 1024), kH100, true), "would read 1056768 bytes each step"));
+}
+
 // One block to an SM; two of 16-bit types for H up to 256.
 TEST_CASE("all blocks of all directions are resident at once") {
   const auto persistent = [](int64_t H, int directions, const GpuProperties& gpu) {
