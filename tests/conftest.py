@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers import tf32_in_layers
 from hypothesis import settings
 
 # Reproducible on every machine; the first example may compile or load something.
@@ -51,6 +52,13 @@ def device(request: pytest.FixtureRequest) -> str:
             pytest.fail("RNN_FUSED_REQUIRE_CUDA=1, but torch finds no CUDA device")
         pytest.skip("no CUDA device")
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _exact_float32() -> Iterator[None]:
+    """No TF32 in float32 layers on CUDA, torch's default there, unless a test asks for it."""
+    with tf32_in_layers(False):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from rnn_fused import ops, reference
 from rnn_fused.library import GATES
 from rnn_fused.reference import LayerWeights
 
@@ -178,17 +180,47 @@ def error(actual: Tensor, exact: Tensor) -> float:
     return float(difference / torch.linalg.vector_norm(exact).clamp_min(1e-30))
 
 
+@contextmanager
+def tf32_in_layers(allowed: bool) -> Iterator[None]:
+    """What torch.nn's layers on CUDA do in float32. By the older of torch's two switches, which
+    moves the newer one, torch.backends.cudnn.rnn.fp32_precision, as well: while the two differ,
+    torch.export fails."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 # The noise of a result, in units of rounding (eps). float64 has no more exact result beside it.
 NOISE = {torch.float64: 64, torch.float32: 8, torch.bfloat16: 1, torch.float16: 1}
 
 
 def assert_as_accurate(
-    ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: dict[str, Tensor]
+    ours: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    noise: float | None = None,
 ) -> None:
-    """Our error is at most twice torch's own in the same dtype, plus the noise."""
+    """Our error is at most twice torch's own in the same dtype, plus the noise: relative, by
+    default that of the dtype."""
     for name, value in exact.items():
         dtype = ours[name].dtype
         assert ours[name].shape == value.shape, name
         assert dtype == theirs[name].dtype, name
-        limit = 2 * error(theirs[name], value) + NOISE[dtype] * torch.finfo(dtype).eps
+        floor = NOISE[dtype] * torch.finfo(dtype).eps if noise is None else noise
+        limit = 2 * error(theirs[name], value) + floor
         assert error(ours[name], value) <= limit, f"{name}: {limit=:.1e}"
+
+
+def assert_accurate(case: Problem, noise: float | None = None) -> None:
+    """The fused op against torch.nn and the reference in float64, values and gradients."""
+    exact = values_and_gradients(case.to(torch.float64), reference.layer)
+    theirs = values_and_gradients(case, torch_layer)
+    ours = values_and_gradients(case, ops.layer)
+    active = [run["output 0"] > 0 for run in (exact, theirs, ours)]
+    if case.cell == "rnn_relu" and not all(a.equal(active[0]) for a in active):
+        # An activation was rounded across 0, where ReLU's derivative jumps.
+        exact = {name: value for name, value in exact.items() if name.startswith("output")}
+    assert_as_accurate(ours, theirs, exact, noise)

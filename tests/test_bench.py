@@ -1,6 +1,7 @@
 """The benchmarks: timer, problems, verification, summary, forecaster, command line."""
 
 import csv
+import importlib.machinery
 import itertools
 import json
 import math
@@ -11,23 +12,28 @@ import pytest
 import torch
 from torch import nn
 
+from rnn_fused import families
 from rnn_fused.bench import (
     Case,
     Problem,
     Settings,
     Timing,
     WrongResultError,
+    admit,
     build,
     contenders,
+    devices,
     extras,
     forecaster,
+    grid,
     interleave,
     load_grids,
     providers,
     ragged,
+    timer,
     workload,
 )
-from rnn_fused.bench.__main__ import main
+from rnn_fused.bench.__main__ import main, parse
 from rnn_fused.bench.problems import select
 from rnn_fused.bench.records import Row
 from rnn_fused.bench.summary import summarise
@@ -94,6 +100,32 @@ def test_timer_waits_for_the_device_inside_the_sample() -> None:
     assert interleave({"a": clock.contender("a", 1.0)}, settings)["a"].samples == (4.0,)
 
 
+def test_timer_measures_by_events_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample is what lies between two events, in milliseconds, over the number of calls."""
+    clock = FakeClock()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock.now
+
+        def synchronize(self) -> None:
+            clock.now += 100.0
+
+        def elapsed_time(self, end: "Event") -> float:
+            return (end.at - self.at) * 1e3
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    measure = timer.cuda_events(torch.device("cuda"))
+    settings = Settings(budget_s=0, min_rounds=2, warmup=1, sample_s=1.0, measure=measure)
+    times = interleave({"a": clock.contender("a", 0.25)}, settings)
+    assert times["a"].samples == (0.25, 0.25)
+    assert "".join(clock.log) == "a" + "aaaa" * 2
+
+
 def test_timing_statistics() -> None:
     timing = Timing((5.0, 1.0, 2.0, 4.0, 3.0), calls=1)
     assert timing.median == 3.0
@@ -142,6 +174,89 @@ def test_all_providers_compute_the_same(cell: str, dtype: torch.dtype, pass_: st
         assert all(leaf.grad is None for leaf in one.leaves.values())
 
 
+@pytest.mark.parametrize("pass_", ["inference", "training"])
+def test_families_compute_the_same(pass_: str) -> None:
+    names = [providers.forced(family) for family in providers.FAMILIES]
+    case = Case(SMALL, torch.float32, pass_, CPU)
+    results = [w.results().keys() for w in contenders(case, names).values()]
+    assert all(found == results[0] for found in results)
+
+
+def test_families_are_forced_while_their_layers_run() -> None:
+    seen = []
+    layer = providers.Forced(SMALL, "persistent")
+    layer.cell.register_forward_pre_hook(lambda *_: seen.append(families.forced()))
+    layer(torch.randn(2, 3, SMALL.I))
+    assert (seen, families.forced()) == (["persistent"], "auto")
+
+
+class Failing(nn.LSTM):
+    message = "[lstm] the persistent kernels cannot run this layer: a projection, P = 2"
+
+    def forward(self, x, state=None):
+        raise RuntimeError(self.message)
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, provider: str, message: str) -> None:
+    kind = type("Broken", (Failing,), {"message": message})
+    monkeypatch.setitem(providers.PROVIDERS, provider, lambda p: kind(p.I, p.H))
+
+
+def test_a_refusal_is_kept_and_an_error_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail(monkeypatch, "rnn_fused persistent", Failing.message)
+    fail(monkeypatch, "rnn_fused stepwise", "CUDA out of memory.\nmore")
+    case = Case(SMALL, torch.float32, "training", CPU)
+    names = ["rnn_fused", "rnn_fused persistent", "rnn_fused stepwise", "flashrnn"]
+    outcome = grid.compare(case, Settings(budget_s=0), names, recurrence=True)
+    assert [row.provider for row in outcome.rows] == ["torch.nn", "rnn_fused"]
+    assert outcome.refused == {
+        "rnn_fused persistent": Failing.message,
+        "flashrnn": "not installed",
+    }
+    assert outcome.wrong == [f"[rnn_fused stepwise] {case}: CUDA out of memory."]
+    with pytest.raises(RuntimeError, match="cannot run this layer"):
+        contenders(case, ["rnn_fused persistent"])
+    for row in outcome.rows:
+        assert row.us_per_step == pytest.approx(row.p50_ms * 1e3 / SMALL.T)
+        assert row.recurrence_ms is not None
+        assert row.recurrence_ms < row.p50_ms
+        assert row.peak_mb is None
+
+
+def test_a_lost_device_is_no_mere_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail(monkeypatch, "rnn_fused", "CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        admit(Case(SMALL, torch.float32, "inference", CPU), ["rnn_fused"])
+
+
+def test_what_cannot_be_compared_is_known_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    names = ["flashrnn", "torchrl", "naive"]
+    spec = importlib.machinery.ModuleSpec("there", None)
+    monkeypatch.setattr(providers, "find_spec", lambda name: spec)
+    gru = Problem("gru", T=1000, B=3, I=5, H=4)
+    todo, refused = grid.entrants(Case(gru, torch.bfloat16, "training", cuda), names)
+    assert todo == []
+    assert refused == {
+        "flashrnn": "compared on CUDA, for the LSTM in 16 bits",
+        "torchrl": "T > 200",
+        "naive": "T > 200",
+    }
+    assert grid.entrants(Case(SMALL, torch.bfloat16, "training", cuda), names) == (names, {})
+    # On the CPU the naive loop has no such limit.
+    assert grid.entrants(Case(gru, torch.float32, "training", CPU), ["naive"])[0] == ["naive"]
+
+
+def test_the_same_problems_on_the_cpu() -> None:
+    rows = devices.compare(Case(SMALL, torch.float32, "training", CPU), Settings(budget_s=0))
+    names = ["torch.nn", "rnn_fused"]
+    assert [row.provider for row in rows] == [*names, *map(devices.on_cpu, names)]
+    assert all(row.ratio is not None for row in rows)
+    few = devices.small_enough(load_grids()["everyday"])
+    assert 0 < len(few) <= devices.MOST
+    assert all(p.flops("training") <= devices.MOST_FLOPS for p in few)
+
+
 def test_packed_providers_compute_the_same() -> None:
     case = Case(SMALL, torch.float32, "training", CPU, lengths=ragged.lengths(SMALL))
     assert case.lengths is not None
@@ -187,7 +302,7 @@ def row(provider: str, T: int, ratio: float | None, milliseconds: float, cell: s
     sizes = {"cell": cell, "T": T, "B": 1, "I": 8, "H": 8, "layers": 1, "layout": "dense"}
     return Row(
         "grid", provider, **sizes, dtype="float32", pass_="training", **times,
-        repeats=5, calls=1, ratio=ratio, gflops=1.0,
+        repeats=5, calls=1, ratio=ratio, gflops=1.0, us_per_step=1.0,
     )  # fmt: skip
 
 
@@ -205,6 +320,83 @@ def test_summary_counts_losses() -> None:
     assert group.mean_ratio_to_naive == pytest.approx(4.0)
     assert group.by_cell == pytest.approx({"lstm": 0.5, "gru": 4.0})
     assert group.worst == ("lstm T=1 B=1 H=8 0.50x",)
+
+
+def test_cuda_has_defaults_of_its_own() -> None:
+    options = parse(["--device", "cuda"])
+    assert options.grid == "deepbench_train, flashrnn, rl, everyday"
+    assert options.dtypes == (torch.bfloat16, torch.float16, torch.float32)
+    assert set(options.providers) == {
+        "rnn_fused", "rnn_fused stepwise", "rnn_fused persistent", "flashrnn", "torchrl", "naive",
+    }  # fmt: skip
+    assert options.sections == ("devices", "grid")
+    assert parse([]).providers == ("rnn_fused", "naive")
+    everything = load_grids()
+    assert all(p in options.problems for p in everything["flashrnn"])
+    assert len(set(options.problems)) == len(options.problems)
+
+
+def test_on_a_budget_the_most_wanted_goes_first() -> None:
+    options = parse(["--device", "cuda"])
+    problems = select(options.problems, options.cells)
+    cases = grid.cases(problems, options.dtypes, options.passes, options.device)
+    ordered = grid.most_wanted_first(cases)
+    assert sorted(map(str, ordered)) == sorted(map(str, cases))
+    first = ordered[: len([p for p in problems if not p.long])]
+    assert {(case.dtype, case.pass_) for case in first} == {(torch.bfloat16, "training")}
+    assert all(case.problem.long for case in ordered[-10:])
+    hard_bar = Problem("lstm", T=1024, B=16, I=768, H=768)
+    assert hard_bar in {case.problem for case in first}
+
+
+def test_out_of_time_is_said_and_the_rest_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("rich", "matplotlib"):
+        pytest.importorskip(package)
+    arguments = [*tiny_grid(tmp_path), "--sections", "grid", "--seconds", "0", "--no-naive"]
+    assert main(arguments) == 0
+    assert "out of time: 8 cases left out, lstm T=10" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert len(content["grid"]["out_of_time"]) == 8
+
+
+def test_failures_do_not_end_the_run_but_fail_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("rich", "matplotlib"):
+        pytest.importorskip(package)
+    fail(monkeypatch, "rnn_fused stepwise", "no kernel image is available")
+    arguments = [*tiny_grid(tmp_path), "--sections", "grid", "--no-naive", "--dtype", "float32"]
+    assert main([*arguments, "--families", "stepwise", "persistent"]) == 1
+    assert capsys.readouterr().out.count("FAILED [rnn_fused stepwise]") == 4
+    content = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert len(content["failures"]) == 4
+    with (tmp_path / "out" / "rows.csv").open() as file:
+        found = {row["provider"] for row in csv.DictReader(file)}
+    assert found == {"torch.nn", "rnn_fused", "rnn_fused persistent"}
+
+
+def test_a_lost_device_ends_the_run_with_what_there_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("rich", "matplotlib"):
+        pytest.importorskip(package)
+    real = providers.PROVIDERS["rnn_fused"]
+
+    def layer(problem: Problem) -> nn.Module:
+        if problem.cell == "gru":
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return real(problem)
+
+    monkeypatch.setitem(providers.PROVIDERS, "rnn_fused", layer)
+    arguments = [*tiny_grid(tmp_path), "--sections", "grid", "--no-naive", "--dtype", "float32"]
+    assert main([*arguments, "--pass", "training"]) == 1
+    shown = capsys.readouterr()
+    assert "unspecified launch failure" in shown.err
+    assert "lstm T=10 B=8 H=8" in shown.out
+    with (tmp_path / "out" / "rows.csv").open() as file:
+        assert {row["cell"] for row in csv.DictReader(file)} == {"lstm"}
 
 
 def test_forecaster_learns_the_same_with_both_libraries() -> None:

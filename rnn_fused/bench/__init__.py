@@ -1,18 +1,18 @@
-"""Benchmarks of rnn_fused: `python -m rnn_fused.bench`.
+"""Benchmarks of rnn_fused, on the CPU and on CUDA: `python -m rnn_fused.bench`.
 
 | file | what |
 |---|---|
 | `timer.py` | the interleaving timer: contenders take turns, ratios are paired |
 | `problems.py`, `grids.json` | the sizes of the field |
 | `providers.py`, `workload.py` | whose layer is timed; one pass of it, verified against float64 |
-| `grid.py`, `ragged.py`, `forecaster.py` | the sections |
+| `grid.py`, `devices.py`, `ragged.py`, `forecaster.py` | the sections |
 | `records.py`, `summary.py` | the CSV schema; means, losses, worst rows |
 | `report.py`, `plot.py`, `session.py` | tables, plots, and the run that makes them |
 """
 
 from .problems import Problem, load_grids
 from .timer import Settings, Timing, interleave
-from .workload import Case, Workload, WrongResultError, build, contenders, verify
+from .workload import Case, Workload, WrongResultError, admit, build, contenders
 
 __all__ = [
     "Case",
@@ -21,9 +21,9 @@ __all__ = [
     "Timing",
     "Workload",
     "WrongResultError",
+    "admit",
     "build",
     "contenders",
     "interleave",
     "load_grids",
-    "verify",
 ]

@@ -11,11 +11,29 @@ import torch
 
 from .extras import MissingExtraError
 from .problems import GATES, GRIDS, PASSES, load_grids
-from .session import Options, Session
+from .providers import FAMILIES, OTHERS, forced
+from .session import LostDeviceError, Options, Session
 from .workload import WrongResultError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-SECTIONS = ("grid", "ragged", "forecaster")
+SECTIONS = ("grid", "devices", "ragged", "forecaster")
+# What is run where nothing else is said, most wanted first. "cuda" stands for any accelerator.
+DEFAULTS = {
+    "cpu": {
+        "grid": ["everyday"],
+        "dtype": ["float32", "bfloat16"],
+        "sections": ["grid", "ragged", "forecaster"],
+        "families": [],
+        "time_per_row": 1.0,
+    },
+    "cuda": {
+        "grid": ["deepbench_train", "flashrnn", "rl", "everyday"],
+        "dtype": ["bfloat16", "float16", "float32"],
+        "sections": ["devices", "grid"],
+        "families": ["stepwise", "persistent"],
+        "time_per_row": 0.2,
+    },
+}
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
@@ -24,34 +42,47 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         prog="python -m rnn_fused.bench",
         description="Time rnn_fused against torch.nn and a naive Python loop, interleaved in one "
         "process; train a forecaster with both; write CSV, JSON and plots. Without options: the "
-        "everyday grid in float32 and bfloat16, inference and training, in a few minutes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "everyday grid in float32 and bfloat16, inference and training, in a few minutes. On CUDA "
+        "also every family of kernels, FlashRNN and TorchRL where they are installed, the time of "
+        "the recurrence alone and the memory, on the grids deepbench_train, flashrnn, rl and "
+        "everyday in bfloat16, float16 and float32 (TF32, as torch.nn): give it --seconds.",
     )
-    parser.add_argument("--grid", default="everyday", help="a grid of the grid file")
+    parser.add_argument("--grid", nargs="+", metavar="NAME", help="grids of the grid file")
     parser.add_argument("--grid-file", type=Path, default=GRIDS, help="JSON file of the grids")
     parser.add_argument("--cells", nargs="+", choices=GATES, default=list(GATES))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES)
     parser.add_argument(
         "--pass", dest="passes", nargs="+", choices=PASSES, default=list(PASSES),
         help="inference: forward without gradients; training: forward and backward",
     )  # fmt: skip
     parser.add_argument("--device", type=torch.device, default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--time-per-row", type=float, help="seconds, for each case")
     parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="of the CPU work"
+        "--seconds", type=float,
+        help="for everything: training and short rows go first, and what is left out is said",
+    )  # fmt: skip
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS)
+    parser.add_argument(
+        "--families", nargs="*", choices=FAMILIES, help="kernels to force, beside the plan's own"
     )
-    parser.add_argument("--time-per-row", type=float, default=1.0, help="seconds, for each case")
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--steps", type=int, default=120, help="training steps of the forecaster")
     parser.add_argument("--no-naive", action="store_true", help="leave the naive loop out")
     parser.add_argument("--quick", action="store_true", help="fewest rounds: a look, not a figure")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/latest"))
     chosen = parser.parse_args(arguments)
+    on_cpu = chosen.device.type == "cpu"
+    for name, value in DEFAULTS["cpu" if on_cpu else "cuda"].items():
+        if getattr(chosen, name) is None:
+            setattr(chosen, name, value)
     grids = load_grids(chosen.grid_file)
-    if chosen.grid not in grids:
-        parser.error(f"--grid must be one of {', '.join(grids)}, got {chosen.grid}")
+    if unknown := [name for name in chosen.grid if name not in grids]:
+        parser.error(f"--grid must be among {', '.join(grids)}, got {', '.join(unknown)}")
+    if on_cpu and "devices" in chosen.sections:
+        parser.error("--sections devices compares with the CPU: it needs another --device")
     return Options(
-        problems=tuple(grids[chosen.grid]),
-        grid=chosen.grid,
+        problems=tuple(dict.fromkeys(p for name in chosen.grid for p in grids[name])),
+        grid=", ".join(chosen.grid),
         cells=tuple(chosen.cells),
         dtypes=tuple(getattr(torch, name) for name in chosen.dtype),
         passes=tuple(chosen.passes),
@@ -60,17 +91,23 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         time_per_row=0.0 if chosen.quick else chosen.time_per_row,
         sections=tuple(chosen.sections),
         steps=min(chosen.steps, 20) if chosen.quick else chosen.steps,
-        naive=not chosen.no_naive,
+        providers=(
+            "rnn_fused",
+            *(forced(family) for family in chosen.families),
+            *(() if on_cpu else OTHERS),
+            *(() if chosen.no_naive else ("naive",)),
+        ),
+        seconds=chosen.seconds,
         output=chosen.output,
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 1 if a package is missing or a result is wrong."""
+    """Run the benchmark; 1 if a package is missing, a result is wrong or a device lost."""
     options = parse(arguments)
     try:
         Session(options).run()
-    except (MissingExtraError, WrongResultError) as error:
+    except (MissingExtraError, WrongResultError, LostDeviceError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

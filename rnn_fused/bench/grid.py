@@ -1,18 +1,30 @@
-"""The main section: rnn_fused against torch.nn and the naive loop, row by row of a grid."""
+"""The main section: rnn_fused against torch.nn and others, row by row of the grids."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import torch
 
 from .problems import Problem
+from .providers import SLOW, obstacle
 from .records import Row, make_row
 from .timer import Settings, interleave
-from .workload import Case, contenders
+from .workload import Case, Workload, admit, input_product
 
 SECTION = "grid"
+SLOW_STEPS = 200  # on a device where steps are quick, loops in Python run up to this T
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The rows of one case; who computed something wrong; who could not run it, and why."""
+
+    rows: list[Row]
+    wrong: list[str]
+    refused: dict[str, str]
 
 
 def cases(
@@ -29,22 +41,58 @@ def cases(
     ]
 
 
-def compare(case: Case, settings: Settings, *, naive: bool = True) -> list[Row]:
-    """Verify, then time torch.nn and rnn_fused in turns, then the naive loop for a few rounds.
+def most_wanted_first(cases: Iterable[Case]) -> list[Case]:
+    """For a budget: training before inference, long rows last, else in the given order."""
+    return sorted(cases, key=lambda case: (case.problem.long, case.pass_ != "training"))
 
-    The naive loop, slow and hard on the caches, has a turn-taking of its own with torch.nn.
+
+def entrants(case: Case, providers: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+    """Those of `providers` to try, and why not the others."""
+    refused = {p: obstacle(p, case.problem, case.dtype, case.device) for p in providers}
+    if case.device.type != "cpu" and case.problem.T > SLOW_STEPS:
+        refused |= {p: f"T > {SLOW_STEPS}" for p in refused if p in SLOW}
+    return [p for p, why in refused.items() if not why], {p: w for p, w in refused.items() if w}
+
+
+def peak_mb(workload: Workload, device: torch.device) -> float | None:
+    """Device memory that a call takes beyond what is there before it, in 10^6 bytes."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    workload()
+    return (torch.cuda.max_memory_allocated(device) - before) * 1e-6
+
+
+def compare(
+    case: Case, settings: Settings, providers: Sequence[str], *, recurrence: bool = False
+) -> Outcome:
+    """Verify, then time torch.nn and the others in turns, then loops in Python for a few rounds.
+
+    The loops, slow and hard on the caches, have a turn-taking of their own with torch.nn. With
+    `recurrence`, the product of the input takes part, to be subtracted.
     """
-    workloads = contenders(case, ["rnn_fused", "naive"] if naive else ["rnn_fused"])
-    pair = {name: workloads[name] for name in ("torch.nn", "rnn_fused")}
-    times = interleave(pair, settings)
-    ratio = times["rnn_fused"].speedup_over(times["torch.nn"])
+    names, refused = entrants(case, providers)
+    admitted = admit(case, names)
+    quick = {name: w for name, w in admitted.workloads.items() if name not in SLOW}
+    alone = {"input product": input_product(case)} if recurrence else {}
+    times = interleave({**quick, **alone}, settings)
+    product_ms = times.pop("input product").median * 1e3 if recurrence else None
+    ratios = {name: timing.speedup_over(times["torch.nn"]) for name, timing in times.items()}
+    slow = {name: w for name, w in admitted.workloads.items() if name in SLOW}
+    if slow:
+        turns = {"torch.nn": quick["torch.nn"], **slow}
+        slow_times = interleave(turns, settings.few_rounds())
+        for name in slow:
+            times[name] = slow_times[name]
+            ratios[name] = slow_times[name].speedup_over(slow_times["torch.nn"])
     rows = [
-        make_row(SECTION, "torch.nn", case, times["torch.nn"], 1.0),
-        make_row(SECTION, "rnn_fused", case, times["rnn_fused"], ratio),
+        make_row(
+            *(SECTION, name, case, timing, ratios[name]),
+            recurrence_ms=None if product_ms is None else timing.median * 1e3 - product_ms,
+            peak_mb=peak_mb(admitted.workloads[name], case.device),
+        )
+        for name, timing in times.items()
     ]
-    if naive:
-        pair = {name: workloads[name] for name in ("torch.nn", "naive")}
-        times = interleave(pair, settings.few_rounds())
-        ratio = times["naive"].speedup_over(times["torch.nn"])
-        rows.append(make_row(SECTION, "naive", case, times["naive"], ratio))
-    return rows
+    return Outcome(rows, admitted.wrong, refused | admitted.refused)

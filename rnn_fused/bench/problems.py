@@ -12,6 +12,7 @@ from typing import Any
 GRIDS = Path(__file__).with_name("grids.json")
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 PASSES = ("inference", "training")
+LONG_STEPS, LONG_FLOPS = 1024, 1e13
 
 
 def describe(cell: str, T: int, B: int, I: int, H: int) -> str:  # noqa: E741
@@ -45,6 +46,11 @@ class Problem:
         if self.reset_p > 0:
             return "resets inside a sequence"
         return None
+
+    @property
+    def long(self) -> bool:
+        """Whether one row takes so long that, on a budget, many others go first."""
+        return self.T > LONG_STEPS or self.flops("training") > LONG_FLOPS
 
     def flops(self, pass_: str) -> float:
         """Multiplies and adds of the matrix products; the backward pass has twice the forward's."""

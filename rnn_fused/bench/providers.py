@@ -1,14 +1,20 @@
-"""Providers of a recurrent layer: torch.nn's, ours, and the loop that a user writes by hand."""
+"""Providers of a recurrent layer: torch.nn's, ours, other libraries', and a user's own loop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .problems import Problem
+
+FAMILIES = ("stepwise", "persistent", "cudnn")  # of CUDA kernels, beside what the plan chooses
+OTHERS = ("flashrnn", "torchrl")
+SLOW = ("naive", "torchrl")  # loops in Python
 
 
 class NaiveLoop(nn.Module):
@@ -36,13 +42,56 @@ class NaiveLoop(nn.Module):
         return torch.stack(outputs), state.unsqueeze(0)
 
 
-def layer_from(namespace: Any, problem: Problem) -> nn.Module:
+class Forced(nn.Module):
+    """Our layer, by one family of kernels. A backward pass runs its forward pass's family."""
+
+    def __init__(self, problem: Problem, family: str) -> None:
+        """Build the layer; whether the family can run it shows in the first call."""
+        super().__init__()
+        self.cell = layer_from(ours(), problem)
+        self.family = family
+
+    def forward(self, x: Any) -> Any:
+        """As our layer; RuntimeError where the family cannot run it."""
+        with ours().kernels(self.family):
+            return self.cell(x)
+
+
+class FlashRNN(nn.Module):
+    """FlashRNN's fused LSTM with one head (https://github.com/NX-AI/flashrnn), and the product of
+    the input that it leaves to its caller."""
+
+    def __init__(self, problem: Problem) -> None:
+        """Hold the parameters of torch.nn.LSTM, from which FlashRNN's are views."""
+        super().__init__()
+        self.cell = nn.LSTMCell(problem.I, problem.H)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Run [T, B, I] -> [T, B, H] and the last state."""
+        from flashrnn import flashrnn
+
+        cell, (T, B, _) = self.cell, x.shape
+        G, H = 4, cell.hidden_size
+        product = nn.functional.linear(x, cell.weight_ih).view(T, B, G, 1, H)
+        states, last = flashrnn(
+            product.transpose(0, 1),
+            cell.weight_hh.view(G, 1, H, H),
+            (cell.bias_ih + cell.bias_hh).view(G, 1, H),
+            function="lstm",
+            backend="cuda_fused",
+            dtype=str(x.dtype).removeprefix("torch."),
+        )  # [h and c, B, T, heads, H]
+        h_n, c_n = last[:, :, -1, 0].unsqueeze(1)
+        return states[0, :, :, 0].transpose(0, 1), (h_n, c_n)
+
+
+def layer_from(namespace: Any, problem: Problem, **options: Any) -> nn.Module:
     """A layer of `torch.nn`, or of any namespace with the same LSTM, GRU and RNN."""
     layer: nn.Module
     if problem.cell.startswith("rnn_"):
-        layer = namespace.RNN(problem.I, problem.H, nonlinearity=problem.cell[4:])
+        layer = namespace.RNN(problem.I, problem.H, nonlinearity=problem.cell[4:], **options)
     else:
-        layer = getattr(namespace, problem.cell.upper())(problem.I, problem.H)
+        layer = getattr(namespace, problem.cell.upper())(problem.I, problem.H, **options)
     return layer
 
 
@@ -53,11 +102,38 @@ def ours() -> Any:
     return rnn_fused
 
 
+def torchrl_layer(problem: Problem) -> nn.Module:
+    """TorchRL's LSTM or GRU, written in Python; batch_first unless told otherwise."""
+    from torchrl.modules.tensordict_module import rnn
+
+    return layer_from(rnn, problem, batch_first=False)
+
+
+def forced(family: str) -> str:
+    """The name of the provider that forces a family."""
+    return f"rnn_fused {family}"
+
+
 PROVIDERS: dict[str, Callable[[Problem], nn.Module]] = {
     "torch.nn": lambda problem: layer_from(nn, problem),
     "rnn_fused": lambda problem: layer_from(ours(), problem),
+    **{forced(family): partial(Forced, family=family) for family in FAMILIES},
     "naive": NaiveLoop,
+    "flashrnn": FlashRNN,
+    "torchrl": torchrl_layer,
 }
+
+
+def obstacle(provider: str, problem: Problem, dtype: torch.dtype, device: torch.device) -> str:
+    """Why a provider cannot run a problem, as far as that can be told before trying; or ""."""
+    if provider in OTHERS and find_spec(provider) is None:
+        return "not installed"
+    if provider == "flashrnn":
+        if problem.cell != "lstm" or dtype.itemsize != 2 or device.type != "cuda":
+            return "compared on CUDA, for the LSTM in 16 bits"
+    elif provider == "torchrl" and problem.cell not in ("lstm", "gru"):
+        return "has no RNN"
+    return ""
 
 
 def plain_name(parameter: str) -> str:

@@ -19,7 +19,7 @@ import torch
 
 from .problems import describe
 from .timer import Timing
-from .workload import Case, dtype_name
+from .workload import Case, allows_tf32, dtype_name
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Environment:
 
     processor: str
     device: str
+    driver: str  # of the device, with its CUDA and cuDNN; "" on a CPU
+    tf32: bool  # whether layers in float32 may use it
     threads: int
     torch: str
     rnn_fused: str
@@ -59,6 +61,9 @@ class Row:
     calls: int  # calls in each repeat
     ratio: float | None  # time of torch.nn / time of this provider, median over rounds
     gflops: float
+    us_per_step: float  # of the median call, a timestep
+    recurrence_ms: float | None = None  # p50 less the product of the input, timed alone
+    peak_mb: float | None = None  # device memory of a call, beyond its arguments
 
     @property
     def problem(self) -> str:
@@ -66,7 +71,14 @@ class Row:
         return describe(self.cell, self.T, self.B, self.I, self.H)
 
 
-def make_row(section: str, provider: str, case: Case, timing: Timing, ratio: float | None) -> Row:
+def make_row(
+    section: str,
+    provider: str,
+    case: Case,
+    timing: Timing,
+    ratio: float | None,
+    **measured: float | None,
+) -> Row:
     """A row from a timing; packed steps that do not exist do not count as work."""
     problem = case.problem
     valid = sum(case.lengths) / (problem.T * problem.B) if case.lengths else 1.0
@@ -89,6 +101,8 @@ def make_row(section: str, provider: str, case: Case, timing: Timing, ratio: flo
         calls=timing.calls,
         ratio=ratio,
         gflops=problem.flops(case.pass_) * valid / timing.median * 1e-9,
+        us_per_step=timing.median * 1e6 / problem.T,
+        **measured,
     )
 
 
@@ -102,6 +116,19 @@ def processor_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def driver(device: torch.device) -> str:
+    """The versions below torch, of a CUDA device."""
+    if device.type != "cuda":
+        return ""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+        found = done.stdout.strip().splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        found = "unknown"
+    return f"driver {found}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
 
 
 @cache
@@ -135,6 +162,8 @@ def environment(device: torch.device) -> Environment:
     return Environment(
         processor=f"{processor_name(device)}, {os.cpu_count()} CPUs, {simd}",
         device=str(device),
+        driver=driver(device),
+        tf32=allows_tf32(device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         rnn_fused=package_version("rnn_fused"),

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from .devices import on_cpu
 from .extras import require
 from .forecaster import Forecast
 from .ragged import Ragged
 from .records import Row
 from .summary import Group
+
+KNOWN = ("torch.nn", "rnn_fused", "naive")  # who has columns of his own
 
 
 def _table(title: str, columns: Sequence[str], left: int = 1) -> Any:
@@ -29,11 +32,15 @@ def _ratio(value: float | None) -> str:
 
 
 def grid_table(rows: Iterable[Row]) -> Any:
-    """One line a case: times, and how many times as fast rnn_fused is as the others."""
+    """One line a case: times, and how many times as fast as torch.nn everyone is; beside the naive
+    loop, how many times as fast rnn_fused is. "-": not run, see what was said before."""
+    rows = list(rows)
     cases: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
         cases.setdefault((row.dtype, row.pass_, row.problem), {})[row.provider] = row
-    columns = ("problem", "torch.nn ms", "rnn_fused ms", "GFLOP/s", "ratio", "to naive")
+    others = [p for p in dict.fromkeys(r.provider for r in rows) if p not in KNOWN]
+    columns = ["problem", "torch.nn ms", "rnn_fused ms", "us a step", "GFLOP/s", "ratio"]
+    columns += [name.removeprefix("rnn_fused ") for name in others] + ["to naive"]
     table = _table("rnn_fused against torch.nn", columns)
     last = ""
     for (dtype, pass_, problem), by in cases.items():
@@ -41,15 +48,35 @@ def grid_table(rows: Iterable[Row]) -> Any:
             last = f"{dtype} {pass_}"
             table.add_section()
             table.add_row(f"[bold]{last}[/bold]")
-        fused, naive = by["rnn_fused"], by.get("naive")
+        fused, naive = by.get("rnn_fused"), by.get("naive")
         table.add_row(
             problem,
             f"{by['torch.nn'].p50_ms:.3f}",
-            f"{fused.p50_ms:.3f}",
-            f"{fused.gflops:.1f}",
-            _ratio(fused.ratio),
-            _ratio(naive.p50_ms / fused.p50_ms if naive else None),
+            f"{fused.p50_ms:.3f}" if fused else "-",
+            f"{fused.us_per_step:.2f}" if fused else "-",
+            f"{fused.gflops:.1f}" if fused else "-",
+            _ratio(fused.ratio if fused else None),
+            *(_ratio(by[name].ratio if name in by else None) for name in others),
+            _ratio(naive.p50_ms / fused.p50_ms if naive and fused else None),
         )
+    return table
+
+
+def devices_table(rows: Iterable[Row]) -> Any:
+    """One line a case: the times on the device and on the CPU, and how many times as fast the
+    device is."""
+    cases: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault((f"{row.dtype} {row.pass_}", row.problem), {})[row.provider] = row
+    times = ("on the CPU", "times")
+    columns = ("problem", "pass", "torch.nn ms", *times, "rnn_fused ms", *times)
+    table = _table("The device beside the CPU (host's clock, one call at a time)", columns, left=2)
+    for (pass_, problem), by in cases.items():
+        cells = []
+        for name in ("torch.nn", "rnn_fused"):
+            there, here = by[name].p50_ms, by[on_cpu(name)].p50_ms
+            cells += [f"{there:.3f}", f"{here:.3f}", _ratio(here / there)]
+        table.add_row(problem, pass_, *cells)
     return table
 
 

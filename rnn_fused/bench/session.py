@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -10,16 +12,22 @@ from typing import Any
 
 import torch
 
-from . import forecaster, grid, ragged, report
+from . import devices, forecaster, grid, ragged, report
 from .extras import require
 from .plot import plot_forecast, plot_ratios
 from .problems import Problem, select
 from .records import Row, columns, environment, write_csv, write_json
 from .summary import summarise
-from .timer import Settings
-from .workload import WrongResultError
+from .timer import Settings, cuda_events
+from .workload import Case, WrongResultError, is_fatal
 
 BUSY = 0.7  # load average from which a warning is due
+SAVE_EVERY_S = 5.0
+MOST_REASONS = 12  # shown; all are in bench.json
+
+
+class LostDeviceError(RuntimeError):
+    """The device has failed: nothing more can run on it in this process."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,8 @@ class Options:
     time_per_row: float
     sections: tuple[str, ...]
     steps: int
-    naive: bool
+    providers: tuple[str, ...]  # beside torch.nn
+    seconds: float | None  # for everything
     output: Path
 
 
@@ -58,9 +67,12 @@ class Session:
     rows: list[Row] = field(default_factory=list)
     content: dict[str, Any] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)  # wrong results and errors, in words
 
     def __post_init__(self) -> None:
         """Ask for every optional package before the first minute is spent."""
+        self.start = self.saved = time.monotonic()
+        self.longest = 0.0  # seconds of a case so far
         self.console = require("rich.console", "rich").Console(highlight=False)
         if not self.console.is_terminal:
             self.console.width = 120  # a log file has room for unbroken lines
@@ -73,11 +85,22 @@ class Session:
         self.settings = Settings(
             budget_s=self.options.time_per_row,
             synchronize=(lambda: None) if on_cpu else lambda: torch.accelerator.synchronize(device),
+            measure=cuda_events(device) if device.type == "cuda" else None,
         )
 
     def run(self) -> None:
-        """Every chosen section, then the files; WrongResultError if the loss curves part."""
-        sections = {"grid": self.grid, "ragged": self.ragged, "forecaster": self.forecaster}
+        """Every chosen section, then the files.
+
+        Raises:
+            WrongResultError: a result was wrong, a case failed, or the loss curves part.
+            LostDeviceError: the device failed.
+        """
+        sections = {
+            "grid": self.grid,
+            "devices": self.devices,
+            "ragged": self.ragged,
+            "forecaster": self.forecaster,
+        }
         self.options.output.mkdir(parents=True, exist_ok=True)
         with _threads(self.options.threads):
             self.where = environment(self.options.device)
@@ -90,14 +113,64 @@ class Session:
                     f"[yellow]the machine is busy (load {self.where.load:.1f}): "
                     "times will be long, and ratios rough[/yellow]"
                 )
-            for name in self.options.sections:
-                sections[name]()
-        write_csv(self.path("rows.csv"), self.rows, self.where)
-        write_json(self.path("bench.json"), {"environment": asdict(self.where), **self.content})
+            try:
+                for name in self.options.sections:
+                    sections[name]()
+            finally:
+                self.save()
         for file in self.files:
             self.console.print(f"wrote {file}", soft_wrap=True)
         if not self.content.get("forecaster", {"agrees": True})["agrees"]:
             raise WrongResultError("the loss curves of rnn_fused and torch.nn differ")
+        if self.failures:
+            raise WrongResultError(f"{len(self.failures)} failures, first {self.failures[0]}")
+
+    def save(self) -> None:
+        """Write what there is: a run that is cut off loses little."""
+        names = "rows.csv", "bench.json"
+        rows, content = (self.options.output / name for name in names)
+        write_csv(rows, self.rows, self.where)
+        write_json(
+            content,
+            {"environment": asdict(self.where), "failures": self.failures, **self.content},
+        )
+        self.files += [file for file in (rows, content) if file not in self.files]
+        self.saved = time.monotonic()
+
+    def has_time(self) -> bool:
+        """Whether the budget allows one more case, should it be as long as the longest so far."""
+        used = time.monotonic() - self.start
+        return self.options.seconds is None or used + self.longest <= self.options.seconds
+
+    def attempt(self, name: str, case: Case, compare: Callable[[], list[Row]]) -> list[Row]:
+        """The rows of one case; what fails is told, kept and not the end."""
+        begin, found = time.monotonic(), []
+        try:
+            found = compare()
+            self.rows += found
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            self.fail(f"[{name}] {case}: {reason}")
+            if is_fatal(error):
+                raise LostDeviceError(f"{case}: {reason}") from error
+        self.longest = max(self.longest, time.monotonic() - begin)
+        self.release()
+        if time.monotonic() - self.saved > SAVE_EVERY_S:
+            self.save()
+        return found
+
+    def fail(self, what: str) -> None:
+        """Keep a failure, and say it at once."""
+        self.failures.append(what)
+        self.console.print(f"FAILED {what}", style="red", markup=False, soft_wrap=True)
+
+    def release(self) -> None:
+        """Give cached memory back where half of the device's is taken: sizes differ widely."""
+        device = self.options.device
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            if free < total // 2:
+                torch.cuda.empty_cache()
 
     def path(self, name: str) -> Path:
         """A file of the output folder, remembered."""
@@ -120,12 +193,46 @@ class Session:
         for reason in dict.fromkeys(p.obstacle for p in options.problems if p.obstacle):
             self.console.print(f"left out, torch.nn has none: {reason}")
         todo = grid.cases(problems, options.dtypes, options.passes, options.device)
+        todo = grid.most_wanted_first(todo) if options.seconds is not None else todo
         found: list[Row] = []
-        with self.bar(len(todo)) as advance:
-            for case in todo:
-                found += grid.compare(case, self.settings, naive=options.naive)
-                advance(str(case))
-        if not found:
+        refused: Counter[tuple[str, str]] = Counter()
+        dropped: list[Case] = []
+        on_device = options.device.type != "cpu"
+
+        def compare(case: Case) -> list[Row]:
+            outcome = grid.compare(case, self.settings, options.providers, recurrence=on_device)
+            refused.update(outcome.refused.items())
+            for wrong in outcome.wrong:
+                self.fail(wrong)
+            return outcome.rows
+
+        try:
+            with self.bar(len(todo)) as advance:
+                for case in todo:
+                    if self.has_time():
+                        found += self.attempt("grid", case, lambda c=case: compare(c))  # type: ignore[misc]
+                    else:
+                        dropped.append(case)
+                    advance(str(case))
+        finally:
+            self.show_grid(found, refused, dropped)
+
+    def show_grid(
+        self, found: list[Row], refused: Counter[tuple[str, str]], dropped: list[Case]
+    ) -> None:
+        """Tables, plot and JSON of the grid, and what is not in them."""
+        options = self.options
+        for (provider, reason), count in refused.most_common(MOST_REASONS):
+            line = f"without {provider}, {count} cases: {reason}"
+            self.console.print(line, markup=False, soft_wrap=True)
+        if dropped:
+            self.console.print(f"out of time: {len(dropped)} cases left out, {dropped[0]} first")
+        self.content["grid"] = {
+            "name": options.grid,
+            "refused": [{"provider": p, "reason": r, "cases": n} for (p, r), n in refused.items()],
+            "out_of_time": [str(case) for case in dropped],
+        }
+        if not any(row.provider == "rnn_fused" for row in found):
             self.console.print(f"no row of {options.grid} is left to time")
             return
         groups = summarise(found)
@@ -135,12 +242,29 @@ class Session:
             f"{options.grid} grid, {where.processor}, {where.threads} threads, torch {where.torch}"
         )
         plot_ratios(self.path("ratios.png"), found, title)
-        self.rows += found
-        self.content["grid"] = {
-            "name": options.grid,
+        self.content["grid"] |= {
             "summary": [asdict(group) for group in groups],
             "rows": [columns(row) for row in found],
         }
+
+    def devices(self) -> None:
+        """A few problems on the CPU beside the device, in the last dtype."""
+        options = self.options
+        problems = devices.small_enough(select(options.problems, options.cells))
+        todo = grid.cases(problems, options.dtypes[-1:], options.passes, options.device)
+        found: list[Row] = []
+        with self.bar(len(todo)) as advance:
+            for case in todo:
+                if self.has_time():
+                    found += self.attempt(
+                        "devices",
+                        case,
+                        lambda c=case: devices.compare(c, self.settings),  # type: ignore[misc]
+                    )
+                advance(str(case))
+        if found:
+            self.console.print(report.devices_table(found))
+        self.content["devices"] = [columns(row) for row in found]
 
     def ragged(self) -> None:
         """Packed training of the grid's problems, in the first dtype."""
@@ -150,6 +274,8 @@ class Session:
         outcomes = []
         with self.bar(len(problems)) as advance:
             for problem in problems:
+                if not self.has_time():
+                    break
                 dtype = options.dtypes[0]
                 outcomes.append(ragged.compare(problem, self.settings, dtype, options.device))
                 advance(str(problem))

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import torch
+
 Call = Callable[[], object]
 FEW = 3
 
@@ -29,7 +31,8 @@ class Settings:
     """How long and how often to time.
 
     Rounds go on until both `min_rounds` are done and `budget_s` seconds are spent, and stop at
-    `max_rounds` in any case. `synchronize` waits for the device (CUDA); `clock` returns seconds.
+    `max_rounds` in any case. `synchronize` waits for the device; `clock` returns seconds.
+    `measure`, where given, takes their place in a sample: see `cuda_events`.
     """
 
     budget_s: float = 2.0
@@ -39,6 +42,7 @@ class Settings:
     warmup: int = 2
     synchronize: Callable[[], None] = _no_sync
     clock: Callable[[], float] = time.perf_counter
+    measure: Callable[[Call, int], float] | None = None
 
     def few_rounds(self) -> Settings:
         """For slow contenders: no more than FEW rounds."""
@@ -83,8 +87,27 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+def cuda_events(device: torch.device) -> Callable[[Call, int], float]:
+    """Seconds that the current stream of `device` takes for so many calls: between two events on
+    it, so that the time of a lone launch and of the final wait stays out."""
+
+    def measure(call: Call, calls: int) -> float:
+        torch.cuda.synchronize(device)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e-3
+
+    return measure
+
+
 def _sample(call: Call, calls: int, settings: Settings) -> float:
     """Seconds per call over one sample of `calls` calls."""
+    if settings.measure is not None:
+        return settings.measure(call, calls) / calls
     settings.synchronize()
     start = settings.clock()
     for _ in range(calls):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from .problems import Problem
-from .providers import PROVIDERS, plain_name
+from .problems import GATES, Problem
+from .providers import OTHERS, PROVIDERS, plain_name
 
 # Relative error (Frobenius norm, against float64) that counts as rounding for each dtype.
 NOISE_FLOOR = {
@@ -20,6 +21,7 @@ NOISE_FLOOR = {
     torch.float16: 4e-3,
     torch.bfloat16: 3e-2,
 }
+TF32_NOISE_FLOOR = 1e-3  # cuDNN does not use TF32 in every layer in which it may
 
 
 class WrongResultError(AssertionError):
@@ -42,6 +44,21 @@ class Case:
         return f"{self.problem} {dtype_name(self.dtype)} {self.pass_}{packed}"
 
 
+def allows_tf32(device: torch.device) -> bool:
+    """Whether layers in float32 may multiply in TF32 there: torch.nn's default on CUDA."""
+    if device.type != "cuda":
+        return False
+    precision: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    return precision == "tf32"
+
+
+def noise_floor(case: Case) -> float:
+    """The error that counts as rounding."""
+    if case.dtype is torch.float32 and allows_tf32(case.device):
+        return TF32_NOISE_FLOOR
+    return NOISE_FLOOR[case.dtype]
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """float32, bfloat16, ..."""
     return str(dtype).removeprefix("torch.")
@@ -56,8 +73,8 @@ class Workload:
 
     def __init__(self, module: nn.Module, x: Tensor, grad: Tensor, case: Case) -> None:
         """Take the input `x` [T, B, I] and the output's gradient `grad` [T, B, H]."""
-        self.module = module
         self.training = case.pass_ == "training"
+        self.module = module.train(self.training)
         self.leaves: dict[str, Tensor] = {
             plain_name(name): p for name, p in module.named_parameters()
         }
@@ -107,16 +124,17 @@ def build(case: Case, provider: str, *, exact: bool = False) -> Workload:
     With `exact`, the same rounded numbers are then computed in float64.
     """
     problem = case.problem
-    draw = torch.Generator().manual_seed(1)
+    draw = torch.Generator(case.device).manual_seed(1)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw).to(case.device, case.dtype)
+        return torch.randn(*shape, generator=draw, device=case.device).to(case.dtype)
 
     bound = problem.H**-0.5  # torch.nn's own initialisation: uniform within +-1/sqrt(H)
     module = PROVIDERS[provider](problem).to(case.device, case.dtype)
     with torch.no_grad():
         for _, parameter in sorted(module.named_parameters(), key=lambda item: plain_name(item[0])):
-            parameter.copy_(torch.rand(parameter.shape, generator=draw) * (2 * bound) - bound)
+            uniform = torch.rand(parameter.shape, generator=draw, device=case.device)
+            parameter.copy_(uniform * (2 * bound) - bound)
     x = random(problem.T, problem.B, problem.I)
     grad = random(problem.T, problem.B, problem.H)
     if exact:
@@ -129,30 +147,119 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).norm() / exact.norm().clamp_min(1e-300))
 
 
-def verify(case: Case, workloads: dict[str, Workload]) -> None:
-    """Raise WrongResultError unless every provider is as accurate as torch.nn.
+def errors(results: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
+    """The relative error of each output and gradient."""
+    return {name: relative_error(results[name], value) for name, value in exact.items()}
 
-    The error of each output and gradient against float64 may be at most twice the error of
-    torch.nn in the case's own dtype, plus NOISE_FLOOR.
+
+def mistake(
+    case: Case, provider: str, found: Mapping[str, float], torchs: Mapping[str, float]
+) -> str:
+    """What is wrong with a provider's errors `found`, in words, or "".
+
+    Each may be at most twice that of torch.nn in the case's own dtype, plus the noise floor.
     """
+    for name, error in found.items():
+        allowed = 2 * torchs[name] + noise_floor(case)
+        if not error <= allowed:  # NaN is wrong too
+            return (
+                f"[{provider}] {case}: relative error of {name} must be at most {allowed:.2e} "
+                f"(twice torch.nn's own, plus rounding), got {error:.2e}: not timed"
+            )
+    return ""
+
+
+FATAL = ("CUDA error", "illegal memory access", "launch failure", "misaligned address")
+REFUSAL = "cannot run this layer"  # a family of kernels says so where its plan does not reach
+
+
+@dataclass
+class Admission:
+    """Who may be timed on a case, and who not: what is wrong, or why they cannot run."""
+
+    workloads: dict[str, Workload] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def admit(case: Case, providers: Sequence[str]) -> Admission:
+    """Verified workloads of torch.nn and of those `providers` that run the case."""
     exact = build(case, "torch.nn", exact=True).results()
-    errors = {
-        provider: {k: relative_error(v, exact[k]) for k, v in workload.results().items()}
-        for provider, workload in workloads.items()
-    }
-    for provider, found in errors.items():
-        for name, error in found.items():
-            allowed = 2 * errors["torch.nn"][name] + NOISE_FLOOR[case.dtype]
-            if not error <= allowed:  # NaN is wrong too
-                raise WrongResultError(
-                    f"[{provider}] {case}: relative error of {name} must be at most {allowed:.2e} "
-                    f"(twice torch.nn's own, plus rounding), got {error:.2e}: not timed"
-                )
+    found = Admission()
+    torchs: dict[str, float] = {}
+    for name in dict.fromkeys(("torch.nn", *providers)):
+        try:
+            workload = build(case, name)
+            own = errors(workload.results(), exact)
+        except RuntimeError as error:
+            if name == "torch.nn" or is_fatal(error):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            if name in OTHERS or REFUSAL in reason:
+                found.refused[name] = reason
+            else:
+                found.wrong.append(f"[{name}] {case}: {reason}")
+            continue
+        torchs = torchs or own
+        if problem := mistake(case, name, own, torchs):
+            found.wrong.append(problem)
+        else:
+            found.workloads[name] = workload
+    return found
+
+
+def is_fatal(error: RuntimeError) -> bool:
+    """Whether CUDA cannot be used any more in this process."""
+    return any(words in str(error) for words in FATAL) and "out of memory" not in str(error)
 
 
 def contenders(case: Case, providers: Sequence[str]) -> dict[str, Workload]:
-    """Verified workloads of torch.nn and of `providers`, ready to be timed."""
-    names = dict.fromkeys(("torch.nn", *providers))
-    workloads = {name: build(case, name) for name in names}
-    verify(case, workloads)
-    return workloads
+    """Verified workloads of torch.nn and of all `providers`, ready to be timed.
+
+    Raises:
+        WrongResultError: a provider computes something else.
+        RuntimeError: a provider cannot run the case.
+    """
+    found = admit(case, providers)
+    if found.wrong:
+        raise WrongResultError(found.wrong[0])
+    for name, reason in found.refused.items():
+        raise RuntimeError(f"[{name}] {case}: {reason}")
+    return found.workloads
+
+
+def input_product(case: Case) -> Callable[[], None]:
+    """The products of the input alone: W_ih x, in training also those of both its gradients.
+
+    What a layer takes beyond it is its recurrence, unless the layer overlaps the two.
+    """
+    problem = case.problem
+    rows = sum(case.lengths) if case.lengths else problem.T * problem.B
+    options: dict[str, Any] = {"device": case.device, "dtype": case.dtype}
+    x = torch.randn(rows, problem.I, **options)
+    weight = torch.randn(GATES[problem.cell] * problem.H, problem.I, **options)
+    training = case.pass_ == "training"
+    grad = torch.randn(rows, weight.shape[0], **options) if training else weight
+
+    def call() -> None:
+        with torch.inference_mode(), _products_as_in_layers(case):
+            x @ weight.T
+            if training:
+                grad @ weight
+                grad.T @ x
+
+    return call
+
+
+@contextmanager
+def _products_as_in_layers(case: Case) -> Iterator[None]:
+    """TF32 where layers may use it: torch's default for products outside of them is exact."""
+    matmul = torch.backends.cuda.matmul
+    if case.dtype is not torch.float32 or not allows_tf32(case.device):
+        yield
+        return
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
