@@ -84,7 +84,8 @@ CudaPlan choose(const Layer& layer, const std::string& kernels, Precision precis
                   layer.name, "] kernels must be auto, stepwise or persistent, got '", kernels,
                   "'");
   if (kernels == "stepwise") return {};
-  CudaPlan plan = plan_cuda(layer.shape, precision, current_gpu(), backward);
+  CudaPlan plan =
+      plan_cuda(layer.shape, precision, current_gpu(), backward, kernels == "persistent");
   RNN_FUSED_CHECK(kernels == "auto" || plan.family == Family::persistent, "[", layer.name,
                   "] the persistent kernels cannot run this layer: ", plan.why);
   return plan;

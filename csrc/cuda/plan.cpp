@@ -30,7 +30,8 @@ int64_t shared_bytes(const LayerShape& s, bool backward, int tile) {
 
 }  // namespace
 
-CudaPlan plan_cuda(const LayerShape& s, Precision, const GpuProperties& gpu, bool backward) {
+CudaPlan plan_cuda(const LayerShape& s, Precision, const GpuProperties& gpu, bool backward,
+                   bool forced) {
   using namespace persistent;
   const auto text = [](int64_t n) { return std::to_string(n); };
   if (s.projected()) return stepwise("a projection, P = " + text(s.P));
@@ -44,7 +45,7 @@ CudaPlan plan_cuda(const LayerShape& s, Precision, const GpuProperties& gpu, boo
 
   const int64_t element_bytes = s.dtype == DType::f32 ? 4 : 2;
   const int64_t bytes = (backward ? gate_count(s.cell) : 1) * s.B * s.H * element_bytes;
-  if (bytes > kMaxBytesOfAStep)
+  if (bytes > kMaxBytesOfAStep && !forced)
     return stepwise("every SM would read " + text(bytes) + " bytes each step, more than " +
                     text(kMaxBytesOfAStep));
 

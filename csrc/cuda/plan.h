@@ -33,8 +33,9 @@ struct CudaPlan {
   std::string why;           // the limit that rules out the persistent kernels; empty for those
 };
 
+// forced: persistent wherever that can run, fast or not.
 CudaPlan plan_cuda(const LayerShape& shape, Precision precision, const GpuProperties& gpu,
-                   bool backward);
+                   bool backward, bool forced = false);
 
 // What the plan and the persistent kernels agree on.
 namespace persistent {

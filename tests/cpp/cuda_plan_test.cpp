@@ -67,6 +67,8 @@ TEST_CASE("large batches of large layers are left to products") {
   CHECK(mentions(plan(shape(513, 1024), kH100), "would read 1050624 bytes each step"));
   CHECK(plan(shape(128, 1024), kH100, true).family == Family::persistent);
   CHECK(mentions(plan(shape(129, 1024), kH100, true), "would read 1056768 bytes each step"));
+  const CudaPlan forced = plan_cuda(shape(129, 1024), Precision::exact, kH100, true, true);
+  CHECK(forced.family == Family::persistent);
 }
 
 // One block to an SM; two of 16-bit types for H up to 256.
