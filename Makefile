@@ -65,7 +65,7 @@ emulate-plain emulate-asan emulate-tsan:
 	ctest --test-dir build/$@ --output-on-failure --no-tests=error
 
 EMULATED_OPS = build/emulate-plain/tests/emulation/libemulated_ops.so
-emulate-ops: build
+emulate-ops: build emulate-plain
 	cmake -S . -B build/emulate-plain -DRNN_FUSED_TESTS=OFF -DRNN_FUSED_EMULATION=ON \
 	    -DRNN_FUSED_TORCH=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")
 	cmake --build build/emulate-plain --target emulated_ops --parallel $(MAX_JOBS)

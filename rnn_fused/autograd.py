@@ -60,11 +60,11 @@ class LayerForward(Function):
     def forward(
         call: Call, save: bool, batch_sizes: Tensor | None, *primals: Tensor | None
     ) -> tuple[Tensor, ...]:
-        with library.below_autograd():
-            outputs: tuple[Tensor, ...] = library.layer_forward(
-                *(*primals[:3], *unflatten(primals[3:]), batch_sizes),
-                *(call.cell, save, call.kernels, call.allow_tf32),
-            )
+        outputs: tuple[Tensor, ...] = library.run(
+            library.layer_forward,
+            *(*primals[:3], *unflatten(primals[3:]), batch_sizes),
+            *(call.cell, save, call.kernels, call.allow_tf32),
+        )
         return outputs
 
     @staticmethod
@@ -106,12 +106,12 @@ class LayerBackward(Function):
         *primals: Tensor | None,
     ) -> tuple[Tensor, ...]:
         grads = grad_output, grad_h_n, grad_c_n
-        with library.below_autograd():
-            *gradients, grad_weights = library.layer_backward(
-                *(*grads, *primals[:3], *unflatten(primals[3:]), batch_sizes),
-                *(call.cell, output, gates, cells, need_input, need_state, need_weights),
-                *(call.kernels, call.allow_tf32),
-            )
+        *gradients, grad_weights = library.run(
+            library.layer_backward,
+            *(*grads, *primals[:3], *unflatten(primals[3:]), batch_sizes),
+            *(call.cell, output, gates, cells, need_input, need_state, need_weights),
+            *(call.kernels, call.allow_tf32),
+        )
         return *gradients, *grad_weights
 
     @staticmethod

@@ -83,18 +83,20 @@ def explain(module: RNNBase, T: int, B: int, *, device: str | Gpu | None = None)
     P, directions = module.proj_size or H, 2 if module.bidirectional else 1
     layer = module.mode.lower(), DTYPES[weight.dtype], T, B, H, P, directions
     lines = [f"{title}, {str(weight.dtype).removeprefix('torch.')}"]
-    if where == "cpu":
+    if where == "cuda" and not families.has_kernels("cuda", weight.device.index):
+        lines.append("  on CUDA: torch's own op, since this build has no code for the device")
+    elif where == "cpu":
         lines += _cpu(_C.plan_cpu(*layer, torch.get_num_threads()))
     else:
-        lines += _cuda(layer, _gpu(where), weight.dtype)
+        lines += _cuda(layer, _gpu(where, weight.device.index), weight.dtype)
     return "\n".join(lines)
 
 
-def _gpu(where: str | Gpu) -> Gpu:
+def _gpu(where: str | Gpu, index: int | None) -> Gpu:
     if isinstance(where, Gpu):
         return where
     if where == "cuda":
-        p = torch.cuda.get_device_properties()
+        p = torch.cuda.get_device_properties(index)
         return Gpu(
             p.name,
             10 * p.major + p.minor,
@@ -124,6 +126,10 @@ def _cuda(layer: _Layer, gpu: Gpu, dtype: torch.dtype) -> list[str]:
         *(gpu.compute_capability, gpu.sm_count, gpu.registers_per_sm),
         *(gpu.shared_per_sm, gpu.shared_per_block),
     )
+    if gpu.compute_capability < 10 * families.OLDEST_CAPABILITY[0]:
+        return [
+            f"  on {gpu.name} (sm_{gpu.compute_capability}): torch's own op, since the GPU is too old"
+        ]
     tf32 = dtype == torch.float32 and families.allows_tf32()
     lines = [f"  on {gpu.name} (sm_{gpu.compute_capability}, {gpu.sm_count} SMs)"]
     if families.forced() != "auto":

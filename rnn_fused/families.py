@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import torch
 
@@ -12,6 +13,10 @@ from . import _C
 KERNELS = ("auto", "stepwise", "persistent", "cudnn")
 OLDEST_CAPABILITY = (8, 0)
 
+# The families of the contexts that are open, oldest first, and the one that counts: a global of its
+# own, which compilers guard.
+_open: list[list[str]] = []
+_lock = Lock()
 _forced = "auto"
 
 
@@ -23,9 +28,11 @@ def kernels(family: str) -> Iterator[None]:
     - "auto": the plan chooses, see `rnn_fused.explain`.
     - "stepwise": a product and a fused kernel for each timestep; any sizes, dtypes, projections.
     - "persistent": one launch for all timesteps, weights kept in registers.
-    - "cudnn": torch's own op, which runs cuDNN where that can.
+    - "cudnn": torch's own op, which runs cuDNN where that can. For comparisons: torch.nn's modules
+      keep their weights in one piece, which spares cuDNN a copy of them at every call.
 
-    The choice holds for the whole process. A backward pass uses the family of its forward pass.
+    The youngest open context counts, for all threads. A backward pass has the choice of its forward
+    pass.
 
     Raises:
         ValueError: the family is unknown.
@@ -34,11 +41,16 @@ def kernels(family: str) -> Iterator[None]:
     global _forced
     if family not in KERNELS:
         raise ValueError(f"kernels must be one of {[*KERNELS]}, got {family!r}")
-    before, _forced = _forced, family
+    entry = [family]  # a list: found again by its identity
+    with _lock:
+        _open.append(entry)
+        _forced = family
     try:
         yield
     finally:
-        _forced = before
+        with _lock:
+            _open[:] = [other for other in _open if other is not entry]
+            _forced = _open[-1][0] if _open else "auto"
 
 
 def forced() -> str:
@@ -71,7 +83,10 @@ def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
 
 @torch.compiler.assume_constant_result
 def allows_tf32() -> bool:
-    """What torch.nn's layers obey on CUDA: `torch.backends.cudnn.rnn.fp32_precision`."""
+    """What torch.nn's layers obey on CUDA: `torch.backends.cudnn.rnn.fp32_precision`.
+
+    A compiled graph keeps what held when it was compiled: nothing guards the setting.
+    """
     try:
         precision: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
     except RuntimeError:  # old and new settings mixed

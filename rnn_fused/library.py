@@ -5,9 +5,10 @@ The schemas are defined, and explained, in `csrc/binding/schemas.cpp`. Axes as i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,8 +37,20 @@ class Call:
 layer_forward = torch.ops.rnn_fused.layer_forward.default
 layer_backward = torch.ops.rnn_fused.layer_backward.default
 
-# Around a call that records no derivative: it saves the way through the ops' autograd in Python.
-below_autograd = torch._C._AutoDispatchBelowAutograd
+
+def run(op: Callable[..., Any], *args: Any) -> Any:
+    """Calls an op that is to record no derivative, past its autograd in Python.
+
+    Raises:
+        torch.OutOfMemoryError: as torch's own ops do, where torch tells the op why it failed.
+    """
+    with torch._C._AutoDispatchBelowAutograd():
+        try:
+            return op(*args)
+        except RuntimeError as error:
+            if "out of memory" in str(error):
+                raise torch.OutOfMemoryError(str(error)) from None
+            raise
 
 
 @torch.library.register_fake("rnn_fused::layer_forward")

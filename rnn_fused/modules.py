@@ -122,7 +122,9 @@ class FusedRNNBase(RNNBase):
         return sequence, tuple(torch.cat(layers) for layers in zip(*final, strict=True))
 
     def _layer_weights(self, layer: int) -> LayerWeights:
-        names = _weight_names(layer, self.bidirectional, self.bias, self.proj_size > 0)
+        # A compiler traces the function itself, and warns of a cache.
+        find = _weight_names if torch.compiler.is_compiling() else _cached_weight_names
+        names = find(layer, self.bidirectional, self.bias, self.proj_size > 0)
         return LayerWeights(*[tuple([getattr(self, name) for name in field]) for field in names])
 
     def _split_state(self, hx: Hidden, packed: bool) -> tuple[Tensor, ...]:
@@ -184,7 +186,6 @@ class FusedRNNBase(RNNBase):
                 raise RuntimeError(f"Expected {name} size {size}, got {list(state.size())}")
 
 
-@cache
 def _weight_names(
     layer: int, bidirectional: bool, bias: bool, projected: bool
 ) -> tuple[tuple[str, ...], ...]:
@@ -195,6 +196,9 @@ def _weight_names(
         tuple(f"{kind}_l{layer}{direction}" for direction in directions) if there else ()
         for kind, there in zip(LayerWeights._fields, present, strict=True)
     )
+
+
+_cached_weight_names = cache(_weight_names)
 
 
 class LSTM(FusedRNNBase):

@@ -55,7 +55,9 @@ def layer(
         kernels = families.forced()
         allow_tf32 = input.dtype == torch.float32 and families.allows_tf32()
         if kernels == "cudnn":
-            return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
+            if not transformed:
+                return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
+            kernels = "auto"  # torch.func's transforms have no rules for torch's op
 
     save = torch.is_grad_enabled() and (transformed or _requires_grad(input, hx, cx, weights))
     if transformed or (save and not compiling):
@@ -70,10 +72,10 @@ def layer(
             input, hx, cx, *weights, batch_sizes, cell, save, kernels, allow_tf32
         )
     else:
-        with library.below_autograd():
-            output, h_n, c_n, _, _ = library.layer_forward(
-                input, hx, cx, *weights, batch_sizes, cell, False, kernels, allow_tf32
-            )
+        output, h_n, c_n, _, _ = library.run(
+            library.layer_forward,
+            *(input, hx, cx, *weights, batch_sizes, cell, False, kernels, allow_tf32),
+        )
     return output, h_n, None if cx is None else c_n
 
 

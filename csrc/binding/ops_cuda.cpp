@@ -148,6 +148,7 @@ ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, Tensors
   const OnDevice device(layer.input);
   const Precision precision = allow_tf32 ? Precision::tf32 : Precision::exact;
   const CudaPlan plan = choose(layer, kernels, precision, false);
+  if (save) choose(layer, kernels, precision, true);  // refuse now what the backward pass would
   const ForwardPass pass(layer, save, true);
   if (layer.shape.B > 0) {
     pass.multiply_input();
