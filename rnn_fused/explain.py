@@ -128,7 +128,7 @@ def _cuda(layer: _Layer, gpu: Gpu, dtype: torch.dtype) -> list[str]:
     )
     if gpu.compute_capability < 10 * families.OLDEST_CAPABILITY[0]:
         return [
-            f"  on {gpu.name} (sm_{gpu.compute_capability}): torch's own op, since the GPU is too old"
+            f"  on {gpu.name}: torch's own op, the GPU is too old (sm_{gpu.compute_capability})"
         ]
     tf32 = dtype == torch.float32 and families.allows_tf32()
     lines = [f"  on {gpu.name} (sm_{gpu.compute_capability}, {gpu.sm_count} SMs)"]

@@ -42,6 +42,18 @@ def test_a_small_gpu_runs_small_layers_only() -> None:
     assert text.count("stepwise: 64 blocks must be resident at once") == 2
 
 
+def test_explains_what_runs_on_an_old_gpu() -> None:
+    gpu = rnn_fused.Gpu("T4", 75, 40, 65536, 64 << 10, 64 << 10)
+    text = rnn_fused.explain(rnn_fused.GRU(8, 32), 10, 8, device=gpu)
+    assert text.endswith("on T4: torch's own op, the GPU is too old (sm_75)")
+
+
+def test_explains_a_device_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "has_kernels", lambda *_: False)
+    text = rnn_fused.explain(rnn_fused.GRU(8, 32), 10, 8, device="cuda")
+    assert text.endswith("torch's own op, since this build has no code for the device")
+
+
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
@@ -103,6 +115,21 @@ def test_kernels_nest_and_end_with_an_error() -> None:
         text = rnn_fused.explain(rnn_fused.GRU(8, 32), 10, 8, device="H100")
         assert "forced: stepwise" in text
     assert families.forced() == "auto"
+
+
+def test_contexts_of_threads_that_overlap_leave_nothing_behind() -> None:
+    first, second = rnn_fused.kernels("stepwise"), rnn_fused.kernels("persistent")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert families.forced() == "persistent"
+    second.__exit__(None, None, None)
+    assert families.forced() == "auto"
+
+
+def test_a_compiler_is_shown_no_cache(recwarn: pytest.WarningsRecorder) -> None:
+    torch.compile(rnn_fused.GRU(4, 8), backend="eager", fullgraph=True)(torch.randn(3, 2, 4))
+    assert not [w for w in recwarn if "lru_cache" in str(w.message)]
 
 
 def test_the_cpu_is_not_concerned() -> None:

@@ -452,6 +452,14 @@ def test_one_bias_without_the_other_is_an_error() -> None:
         ops.layer(torch.randn(2, 1, 3), torch.zeros(1, 1, 4), None, weights, cell="gru")
 
 
+def test_out_of_memory_has_the_type_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate 20\.00 GiB"):
+        library.run(fail)
+
+
 @pytest.mark.own_ops
 def test_out_of_memory_says_so() -> None:
     """The message is torch's own; nothing is allocated before it fails."""
