@@ -58,11 +58,14 @@ emulate: emulate-plain emulate-asan emulate-tsan emulate-ops
 
 emulate-asan: SANITIZE = address,undefined
 emulate-tsan: SANITIZE = thread
+# Its fibers take gigabytes.
+emulate-tsan: MAX_TESTS = 1
+MAX_TESTS = $(MAX_JOBS)
 emulate-plain emulate-asan emulate-tsan:
 	cmake -S . -B build/$@ -DRNN_FUSED_TESTS=OFF -DRNN_FUSED_EMULATION=ON \
 	    -DRNN_FUSED_SANITIZE=$(SANITIZE)
 	cmake --build build/$@ --target emulation --parallel $(MAX_JOBS)
-	ctest --test-dir build/$@ --output-on-failure --no-tests=error
+	ctest --test-dir build/$@ --output-on-failure --no-tests=error --parallel $(MAX_TESTS)
 
 EMULATED_OPS = build/emulate-plain/tests/emulation/libemulated_ops.so
 emulate-ops: build emulate-plain
@@ -70,7 +73,7 @@ emulate-ops: build emulate-plain
 	    -DRNN_FUSED_TORCH=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")
 	cmake --build build/emulate-plain --target emulated_ops --parallel $(MAX_JOBS)
 	$(BIN)/python -m pytest --emulated-cuda $(EMULATED_OPS) $(PYTEST_ARGS) \
-	    tests/test_emulated_families.py tests/test_ops.py tests/test_autograd.py
+	    tests/test_emulated_families.py tests/test_ops.py
 
 # The check of the PTX wrappers; to be run on a GPU.
 build/gpu_primitives: tests/gpu/primitives.cu $(wildcard csrc/cuda/*.*h tests/emulation/*.*h)
