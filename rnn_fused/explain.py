@@ -137,9 +137,12 @@ def _cuda(layer: _Layer, gpu: Gpu, dtype: torch.dtype) -> list[str]:
     for name, backward in (("forward", False), ("backward", True)):
         plan = _C.plan_cuda(*layer, tf32, limits, backward)
         if plan["family"] == "persistent":
+            runs, resident = plan["k_blocks"], plan["register_blocks"]
+            memory = f", the last {runs - resident} in shared memory" * (runs > resident)
             how = (
-                f"persistent: {plan['blocks']} blocks of {plan['units']} hidden units, weights in "
-                f"registers ({plan['warps']} warps, {plan['k_blocks']} runs each), up to "
+                f"persistent: {plan['blocks']} blocks of {plan['units']} hidden units"
+                f"{' for one direction after the other' * (plan['launches'] > 1)}, weights in "
+                f"registers ({plan['warps']} warps, {runs} runs each{memory}), up to "
                 f"{plan['batch_tile']} sequences a pass, {plan['shared_bytes']} bytes of shared "
                 f"memory{', TF32' if tf32 else ''}"
             )

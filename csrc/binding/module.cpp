@@ -88,6 +88,8 @@ py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T,
   result["units"] = plan.units;
   result["warps"] = plan.warps;
   result["k_blocks"] = plan.k_blocks;
+  result["register_blocks"] = plan.register_blocks;
+  result["launches"] = plan.launches;
   result["batch_tile"] = plan.batch_tile;
   result["blocks"] = plan.blocks;
   result["shared_bytes"] = plan.shared_bytes;

@@ -1,8 +1,8 @@
 // The backward pass of all timesteps in one launch: the chain of dh (and dc) through time.
 //
-// Each block owns eight hidden units of one direction, and their columns of W_hh in registers; dh
-// and dc stay in shared memory. The gradients of the pre-activations go from block to block through
-// grad_gates, with one barrier of the direction's blocks a step.
+// Each block owns hidden units of one direction, and their columns of W_hh in registers and shared
+// memory, where dh and dc stay too. The gradients of the pre-activations go from block to block
+// through grad_gates, with one barrier of the direction's blocks a step.
 //
 // What a step costs: every SM reads the gradients of all gates from L2, G times what the forward
 // pass reads (LSTM, B = 32, H = 1024: 256 KiB, 2.3 us at 64 bytes a clock and 1.75 GHz), and they
@@ -23,8 +23,10 @@ template <class Policy, Cell kCell, int kBlocks, bool kAligned>
 class Backward {
   using T = typename Policy::T;
   static constexpr int G = gate_count(kCell), S = saved_count(kCell);
+  static constexpr int kUnits = units_of(kBlocks), kPitch = sum_pitch(1, kUnits);
   static constexpr bool kLstm = kCell == Cell::lstm;
   static constexpr bool kGru = kCell == Cell::gru;
+  using Owned = Own<kUnits>;
 
   // What the forward pass left of one row, and the gradient that the caller has for its h.
   struct Saved {
@@ -36,29 +38,31 @@ class Backward {
 
  public:
   // shared: [plan.shared_bytes]
-  __device__ __forceinline__ Backward(const BackwardParams& p, int tile, float* shared)
+  __device__ __forceinline__ Backward(const BackwardParams& p, int direction, int tile,
+                                      float* shared)
       : p_(p),
-        dir_(p.direction[blockIdx.y]),
+        dir_(p.direction[direction]),
         tile_(tile),
-        unit_(static_cast<int>(blockIdx.x) * kUnits + own_unit()),
+        unit_(static_cast<int>(blockIdx.x) * kUnits + Owned::unit()),
         sums_(shared),
-        dh_(shared + kWarps * tile * sum_pitch(1)),
+        dh_(shared + kWarps * tile * kPitch),
         dc_(dh_ + p.B * kUnits),
-        product_(static_cast<int>(p.H), [&](int, int gate, int k) {
-          const int unit = blockIdx.x * kUnits + threadIdx.x % 32 / 4;
-          const T* const weights = static_cast<const T*>(dir_.weight_hh);
-          return gather_eight(weights + (gate * p.H + k) * p.H + unit, p.H,
-                              unit < p.H ? static_cast<int>(p.H) - k : 0);
-        }) {
-    for_all_own_sequences(owns() ? p_.B : 0, tile_, [&](int b) {
-      dh_[b * kUnits + own_unit()] = value_or_zero<T>(dir_.grad_h_n, b * p_.H + unit_);
+        product_(static_cast<int>(p.H), dh_ + state_count(kCell, true) * p.B * kUnits,
+                 [&](int, int gate, int of_block, int k) {
+                   const int unit = blockIdx.x * kUnits + of_block;
+                   const T* const weights = static_cast<const T*>(dir_.weight_hh);
+                   return gather_eight(weights + (gate * p.H + k) * p.H + unit, p.H,
+                                       unit < p.H ? static_cast<int>(p.H) - k : 0);
+                 }) {
+    Owned::for_all_sequences(owns() ? p_.B : 0, tile_, [&](int b) {
+      dh_[b * kUnits + Owned::unit()] = value_or_zero<T>(dir_.grad_h_n, b * p_.H + unit_);
       if constexpr (kLstm)
-        dc_[b * kUnits + own_unit()] = value_or_zero<T>(dir_.grad_c_n, b * p_.H + unit_);
+        dc_[b * kUnits + Owned::unit()] = value_or_zero<T>(dir_.grad_c_n, b * p_.H + unit_);
     });
   }
 
-  __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
-    const bool down = blockIdx.y == 0;
+  __device__ __forceinline__ void run(int direction, gpu::GridBarrier barrier) {
+    const bool down = direction == 0;
     Step now = step_at(p_, down, 0), next = step_at(p_, down, 1);
     load_saved(now, next, 0);
     for (int64_t s = 0; s < p_.T; ++s) {
@@ -79,11 +83,11 @@ class Backward {
       now = next;
       next = after;
     }
-    for_all_own_sequences(owns() ? p_.B : 0, tile_, [&](int b) {
+    Owned::for_all_sequences(owns() ? p_.B : 0, tile_, [&](int b) {
       const int64_t i = b * p_.H + unit_;
-      static_cast<T*>(dir_.grad_h0)[i] = static_cast<T>(dh_[b * kUnits + own_unit()]);
+      static_cast<T*>(dir_.grad_h0)[i] = static_cast<T>(dh_[b * kUnits + Owned::unit()]);
       if constexpr (kLstm)
-        static_cast<T*>(dir_.grad_c0)[i] = static_cast<T>(dc_[b * kUnits + own_unit()]);
+        static_cast<T*>(dir_.grad_c0)[i] = static_cast<T>(dc_[b * kUnits + Owned::unit()]);
     });
   }
 
@@ -96,7 +100,7 @@ class Backward {
 
   // `before`: the step that the forward pass made before `step`.
   __device__ __forceinline__ void load_saved(Step step, Step before, int first) {
-    for_own_sequences(owns() ? pass_size(step.active, first, tile_) : 0, [&](int i, int b) {
+    Owned::for_sequences(owns() ? pass_size(step.active, first, tile_) : 0, [&](int i, int b) {
       const int sequence = first + b;
       const int64_t row = step.row + sequence;
       const int64_t row_before = before.row + sequence, initial = sequence * p_.H + unit_;
@@ -126,15 +130,15 @@ class Backward {
   // From the gradient of h to those of the pre-activations. What reaches the h before without W_hh
   // stays in dh.
   __device__ __forceinline__ void differentiate(Step now, int first) {
-    for_own_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int i, int b) {
+    Owned::for_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int i, int b) {
       const int sequence = first + b;
       const Saved& saved = saved_[i];
       T* const grads = grad_gates() + (now.row + sequence) * S * p_.H + unit_;
       const auto put = [&](int gate, float grad) { grads[gate * p_.H] = static_cast<T>(grad); };
-      float& dh = dh_[sequence * kUnits + own_unit()];
+      float& dh = dh_[sequence * kUnits + Owned::unit()];
       const float total = dh + saved.grad_output;
       if constexpr (kLstm) {
-        float& dc = dc_[sequence * kUnits + own_unit()];
+        float& dc = dc_[sequence * kUnits + Owned::unit()];
         const LstmGates<float> a = {saved.gates[0], saved.gates[1], saved.gates[2], saved.gates[3]};
         const LstmGrads<float> g = lstm_backward<gpu::Math>(a, saved.c, saved.before, total, dc);
         put(0, g.gates.i);
@@ -165,14 +169,14 @@ class Backward {
         pass_size(now.active, first, tile_),
         [&](int b) { return grad_gates() + (now.row + first + b) * S * p_.H; },
         [&](int gate) { return (kGru && gate == 2 ? 3 : gate) * p_.H; },
-        sums_ + threadIdx.x / 32 * tile_ * sum_pitch(1));
+        sums_ + threadIdx.x / 32 * tile_ * kPitch);
   }
 
   __device__ __forceinline__ void add_product(Step now, int first) {
-    for_own_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int, int b) {
+    Owned::for_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int, int b) {
       float sums[1] = {};
-      add_sums(sums_, tile_, b, own_unit(), sums);
-      dh_[(first + b) * kUnits + own_unit()] += sums[0];
+      add_sums(sums_, tile_, kPitch, b, Owned::unit(), sums);
+      dh_[(first + b) * kUnits + Owned::unit()] += sums[0];
     });
   }
 
@@ -180,20 +184,22 @@ class Backward {
   const BackwardDirection& dir_;
   const int tile_;
   const int unit_;     // the thread's own
-  float* const sums_;  // [kWarps, tile, sum_pitch]
+  float* const sums_;  // [kWarps, tile, kPitch]
   float* const dh_;    // [B, kUnits]
-  float* const dc_;    // [B, kUnits], an LSTM's
+  float* const dc_;    // [B, kUnits], an LSTM's; behind them the weights in shared memory
   const Product<Policy, 1, G, kBlocks, kAligned> product_;
   Saved saved_[kOwn] = {};
 };
 
-// blockIdx: (block of units, direction). counters: zero, kBarrierStride apart.
+// blockIdx: (block of units, direction behind the first). counters: zero, kBarrierStride apart.
 template <class Policy, Cell kCell, int kBlocks, bool kAligned>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy::T), kBlocks))
-    backward_kernel(const __grid_constant__ BackwardParams p, int tile, uint32_t* counters) {
+    backward_kernel(const __grid_constant__ BackwardParams p, int first_direction, int tile,
+                    uint32_t* counters) {
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
-  Backward<Policy, kCell, kBlocks, kAligned> block(p, tile, shared);
-  block.run(gpu::GridBarrier(counters + blockIdx.y * kBarrierStride, gridDim.x));
+  const int direction = first_direction + blockIdx.y;
+  Backward<Policy, kCell, kBlocks, kAligned> block(p, direction, tile, shared);
+  block.run(direction, gpu::GridBarrier(counters + direction * kBarrierStride, gridDim.x));
 }
 
 template <class Policy>

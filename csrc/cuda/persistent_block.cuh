@@ -29,29 +29,30 @@ __device__ inline int pass_size(int active, int first, int tile) {
   return min(tile, active - first);
 }
 
-// A thread owns one unit of the block and, of every pass over a batch tile, these sequences. Their
-// state is its own, so that it may be read and written without a barrier.
-constexpr int kOwn = kMaxBatchTile * kUnits / kThreads;
+// A thread owns one of the block's kUnits and, of every pass over a batch tile, kOwn sequences.
+// Their state is its own, so that it may be read and written without a barrier.
+template <int kUnits>
+struct Own {
+  __device__ static int unit() { return threadIdx.x % kUnits; }
 
-__device__ inline int own_unit() { return threadIdx.x % kUnits; }
-
-// Calls body(i, b) for the thread's sequences b < count of a pass, i < kOwn.
-template <class Body>
-__device__ __forceinline__ void for_own_sequences(int count, Body body) {
+  // Calls body(i, b) for the thread's sequences b < count of a pass, i < kOwn.
+  template <class Body>
+  __device__ __forceinline__ static void for_sequences(int count, Body body) {
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    const int b = threadIdx.x / kUnits + i * (kThreads / kUnits);
-    if (b < count) body(i, b);
+    for (int i = 0; i < kOwn; ++i) {
+      const int b = threadIdx.x / kUnits + i * (kThreads / kUnits);
+      if (b < count) body(i, b);
+    }
   }
-}
 
-// The same for each of all B sequences.
-template <class Body>
-__device__ __forceinline__ void for_all_own_sequences(int64_t B, int tile, Body body) {
-  for (int first = 0; first < B; first += tile)
-    for_own_sequences(pass_size(static_cast<int>(B), first, tile),
-                      [&](int, int b) { body(first + b); });
-}
+  // The same for each of all B sequences.
+  template <class Body>
+  __device__ __forceinline__ static void for_all_sequences(int64_t B, int tile, Body body) {
+    for (int first = 0; first < B; first += tile)
+      for_sequences(pass_size(static_cast<int>(B), first, tile),
+                    [&](int, int b) { body(first + b); });
+  }
+};
 
 template <class T>
 __device__ inline float value_or_zero(const void* from, int64_t i) {
@@ -66,11 +67,13 @@ __device__ inline float value_or_zero(const void* from, int64_t i) {
 template <class Params, class KernelOf>
 void launch_persistent(const CudaPlan& plan, bool aligned, const Params& params, uint32_t* counters,
                        cudaStream_t stream, KernelOf kernel_of) {
-  const auto launch = [&](void (*kernel)(Params, int, uint32_t*)) {
-    const dim3 grid(static_cast<unsigned>(plan.blocks / params.directions), params.directions);
+  const auto launch = [&](void (*kernel)(Params, int, int, uint32_t*)) {
+    const int directions = params.directions / plan.launches;
+    const dim3 grid(static_cast<unsigned>(plan.blocks / directions), directions);
     gpu::zero(counters, kBarrierWords * sizeof(uint32_t), stream);
-    gpu::launch_cooperative(kernel, grid, kThreads, plan.shared_bytes, stream, params,
-                            plan.batch_tile, counters);
+    for (int first = 0; first < params.directions; first += directions)
+      gpu::launch_cooperative(kernel, grid, kThreads, plan.shared_bytes, stream, params, first,
+                              plan.batch_tile, counters);
   };
   const auto with_alignment = [&](auto cell, auto k_blocks) {
     if (aligned)
@@ -79,11 +82,11 @@ void launch_persistent(const CudaPlan& plan, bool aligned, const Params& params,
       launch(kernel_of(cell, k_blocks, std::false_type()));
   };
   const auto with_k_blocks = [&](auto cell) {
-    switch (plan.k_blocks) {
+    switch (compiled_blocks(plan)) {
       case 1: return with_alignment(cell, std::integral_constant<int, 1>());
       case 2: return with_alignment(cell, std::integral_constant<int, 2>());
-      case 3: return with_alignment(cell, std::integral_constant<int, 3>());
       case 4: return with_alignment(cell, std::integral_constant<int, 4>());
+      case 8: return with_alignment(cell, std::integral_constant<int, 8>());
     }
   };
   switch (params.cell) {

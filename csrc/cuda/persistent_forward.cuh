@@ -1,8 +1,9 @@
 // The forward pass of all timesteps in one launch.
 //
-// Each block owns eight hidden units of one direction. Their rows of W_hh stay in registers, c
-// stays in shared memory; h goes from block to block through the output, whose rows are fresh
-// addresses every step, with one barrier of the direction's blocks a step.
+// Each block owns hidden units of one direction. Their rows of W_hh stay in registers, and in
+// shared memory what registers have no room for, as does c; h goes from block to block through the
+// output, whose rows are fresh addresses every step, with one barrier of the direction's blocks a
+// step.
 //
 // What a step costs: every SM reads all of h from L2, B * H * 2 bytes at 64 bytes a clock (B = 32,
 // H = 1024: 64 KiB, 0.6 us at 1.75 GHz), and h crosses L2 three times (stored, announced, read),
@@ -24,37 +25,40 @@ template <class Policy, Cell kCell, int kBlocks, bool kAligned>
 class Forward {
   using T = typename Policy::T;
   static constexpr int G = gate_count(kCell), S = saved_count(kCell);
+  static constexpr int kUnits = units_of(kBlocks), kPitch = sum_pitch(G, kUnits);
   static constexpr bool kLstm = kCell == Cell::lstm;
   static constexpr bool kGru = kCell == Cell::gru;
+  using Owned = Own<kUnits>;
 
  public:
   // shared: [plan.shared_bytes]
-  __device__ __forceinline__ Forward(const ForwardParams& p, int tile, float* shared)
+  __device__ __forceinline__ Forward(const ForwardParams& p, int direction, int tile, float* shared)
       : p_(p),
-        dir_(p.direction[blockIdx.y]),
+        dir_(p.direction[direction]),
         tile_(tile),
-        unit_(static_cast<int>(blockIdx.x) * kUnits + own_unit()),
+        unit_(static_cast<int>(blockIdx.x) * kUnits + Owned::unit()),
         sums_(shared),
-        bias_(shared + kWarps * tile * sum_pitch(G)),
+        bias_(shared + kWarps * tile * kPitch),
         state_(bias_ + S * kUnits),
-        product_(static_cast<int>(p.H), [&](int gate, int, int k) {
-          const int unit = blockIdx.x * kUnits + threadIdx.x % 32 / 4;
-          const T* const weights = static_cast<const T*>(dir_.weight_hh);
-          if (unit >= p.H) return Eight<T>();
-          return load_eight<kAligned>(weights + (gate * p.H + unit) * p.H + k,
-                                      static_cast<int>(p.H) - k);
-        }) {
+        product_(static_cast<int>(p.H), state_ + state_count(kCell, false) * p.B * kUnits,
+                 [&](int gate, int, int of_block, int k) {
+                   const int unit = blockIdx.x * kUnits + of_block;
+                   const T* const weights = static_cast<const T*>(dir_.weight_hh);
+                   if (unit >= p.H) return Eight<T>();
+                   return load_eight<kAligned>(weights + (gate * p.H + unit) * p.H + k,
+                                               static_cast<int>(p.H) - k);
+                 }) {
     if (!owns()) return;
     if (threadIdx.x < kUnits) add_biases();
     if constexpr (kLstm || kGru)
-      for_all_own_sequences(p_.B, tile_, [&](int b) {
-        state_[b * kUnits + own_unit()] =
+      Owned::for_all_sequences(p_.B, tile_, [&](int b) {
+        state_[b * kUnits + Owned::unit()] =
             value_or_zero<T>(kLstm ? dir_.c0 : dir_.h0, b * p_.H + unit_);
       });
   }
 
-  __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
-    const bool down = blockIdx.y == 1;
+  __device__ __forceinline__ void run(int direction, gpu::GridBarrier barrier) {
+    const bool down = direction == 1;
     Step before = {0, 0}, now = step_at(p_, down, 0);
     load_input(now, 0);
     for (int64_t s = 0; s < p_.T; ++s) {
@@ -86,12 +90,12 @@ class Forward {
       const float input = value_or_zero<T>(dir_.bias_ih, row);
       const float recurrent = value_or_zero<T>(dir_.bias_hh, row);
       const bool apart = kGru && gate == 2;
-      bias_[gate * kUnits + own_unit()] = apart ? input : input + recurrent;
-      if (apart) bias_[3 * kUnits + own_unit()] = recurrent;
+      bias_[gate * kUnits + Owned::unit()] = apart ? input : input + recurrent;
+      if (apart) bias_[3 * kUnits + Owned::unit()] = recurrent;
     }
   }
 
-  __device__ float bias(int gate) const { return bias_[gate * kUnits + own_unit()]; }
+  __device__ float bias(int gate) const { return bias_[gate * kUnits + Owned::unit()]; }
 
   __device__ bool owns() const { return unit_ < p_.H; }
   __device__ T* output() const { return static_cast<T*>(dir_.output); }
@@ -101,7 +105,7 @@ class Forward {
 
   // W_ih x of the thread's sequences of one pass.
   __device__ __forceinline__ void load_input(Step step, int first) {
-    for_own_sequences(owns() ? pass_size(step.active, first, tile_) : 0, [&](int i, int b) {
+    Owned::for_sequences(owns() ? pass_size(step.active, first, tile_) : 0, [&](int i, int b) {
       const T* const row = gates(step.row + first + b);
 #pragma unroll
       for (int gate = 0; gate < G; ++gate) x_[i][gate] = static_cast<float>(row[gate * p_.H]);
@@ -118,16 +122,16 @@ class Forward {
           return sequence < before.active ? output() + (before.row + sequence) * p_.output_stride
                                           : static_cast<const T*>(dir_.h0) + sequence * p_.H;
         },
-        [](int) { return 0; }, sums_ + threadIdx.x / 32 * tile_ * sum_pitch(G));
+        [](int) { return 0; }, sums_ + threadIdx.x / 32 * tile_ * kPitch);
   }
 
   __device__ __forceinline__ void activate(Step now, Step next, int first) {
-    for_own_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int i, int b) {
+    Owned::for_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int i, int b) {
       const int sequence = first + b;
       const int64_t row = now.row + sequence;
-      float* const state = state_ + sequence * kUnits + own_unit();
+      float* const state = state_ + sequence * kUnits + Owned::unit();
       float sums[G] = {};
-      add_sums(sums_, tile_, b, own_unit(), sums);
+      add_sums(sums_, tile_, kPitch, b, Owned::unit(), sums);
       float h;
       if constexpr (kLstm) {
         LstmGates<float> a = {x_[i][0] + bias(0) + sums[0], x_[i][1] + bias(1) + sums[1],
@@ -170,20 +174,22 @@ class Forward {
   const ForwardDirection& dir_;
   const int tile_;
   const int unit_;      // the thread's own
-  float* const sums_;   // [kWarps, tile, sum_pitch]
+  float* const sums_;   // [kWarps, tile, kPitch]
   float* const bias_;   // [S, kUnits]
-  float* const state_;  // [B, kUnits] c, or h of a GRU
+  float* const state_;  // [B, kUnits] c, or h of a GRU; behind it the weights in shared memory
   const Product<Policy, G, 1, kBlocks, kAligned> product_;
   float x_[kOwn][G] = {};
 };
 
-// blockIdx: (block of units, direction). counters: zero, kBarrierStride apart.
+// blockIdx: (block of units, direction behind the first). counters: zero, kBarrierStride apart.
 template <class Policy, Cell kCell, int kBlocks, bool kAligned>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy::T), kBlocks))
-    forward_kernel(const __grid_constant__ ForwardParams p, int tile, uint32_t* counters) {
+    forward_kernel(const __grid_constant__ ForwardParams p, int first_direction, int tile,
+                   uint32_t* counters) {
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
-  Forward<Policy, kCell, kBlocks, kAligned> block(p, tile, shared);
-  block.run(gpu::GridBarrier(counters + blockIdx.y * kBarrierStride, gridDim.x));
+  const int direction = first_direction + blockIdx.y;
+  Forward<Policy, kCell, kBlocks, kAligned> block(p, direction, tile, shared);
+  block.run(direction, gpu::GridBarrier(counters + direction * kBarrierStride, gridDim.x));
 }
 
 template <class Policy>

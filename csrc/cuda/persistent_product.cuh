@@ -1,5 +1,5 @@
 // The product of the persistent kernels: a block multiplies rows of X, one for each sequence, by
-// weights that its registers hold for the whole sequence.
+// weights that its registers and its shared memory hold for the whole sequence.
 //
 //   sums[b][unit][c] = sum over groups q and k < H of X[b][q, k] * W[c][q, k][unit]
 //
@@ -8,10 +8,11 @@
 //
 // K is cut into runs of 32. Run j of a group belongs to warp j % kWarps, as its k-block j / kWarps,
 // and eight consecutive k of a run to a lane: lane 4 * g + t holds, for unit g, those from 8 * t
-// on, and it reads the same eight of X. So a lane reads h in words of 16 bytes straight into the
-// operand of mma, without shared memory. For mma this permutes k inside a run: what stands in a
-// fragment as k = 2t, 2t + 1, 2t + 8, 2t + 9 of the j-th m16n8k16 are the run's 8t + 4j to
-// 8t + 4j + 3. A sum does not mind, as long as both operands are permuted alike.
+// on (and for unit g + 8 in a block of 16), and it reads the same eight of X. So a lane reads h in
+// words of 16 bytes straight into the operand of mma, without shared memory. For mma this permutes
+// k inside a run: what stands in a fragment as k = 2t, 2t + 1, 2t + 8, 2t + 9 of the j-th m16n8k16
+// are the run's 8t + 4j to 8t + 4j + 3. A sum does not mind, as long as both operands are permuted
+// alike.
 //
 // The sequences are the rows of mma, 16 at a time, and the units its columns: then three gates cost
 // no more than three, one costs one, and both passes are the same code. With the weights as rows a
@@ -28,10 +29,20 @@ namespace rnn_fused::persistent {
 // Eight consecutive values of a row, as bits.
 template <class T>
 struct Eight {
-  static constexpr int kWords = 2 * sizeof(T);
+  static constexpr int kWords = 2 * sizeof(T), kQuads = kWords / 4;
   uint32_t words[kWords] = {};
 
   __device__ __forceinline__ float value(int i) const { return __uint_as_float(words[i]); }
+
+  __device__ __forceinline__ uint4 quad(int q) const {
+    return {words[4 * q], words[4 * q + 1], words[4 * q + 2], words[4 * q + 3]};
+  }
+  __device__ __forceinline__ void set_quad(int q, uint4 quad) {
+    words[4 * q] = quad.x;
+    words[4 * q + 1] = quad.y;
+    words[4 * q + 2] = quad.z;
+    words[4 * q + 3] = quad.w;
+  }
 };
 
 // Eight values `stride` apart, of which those from `count` on are zero and not read. From L2, since
@@ -58,13 +69,8 @@ __device__ __forceinline__ Eight<T> load_eight(const T* from, int count) {
   Eight<T> eight;
   if (count <= 0) return eight;
 #pragma unroll
-  for (int i = 0; i < Eight<T>::kWords; i += 4) {
-    const uint4 v = gpu::load_relaxed(reinterpret_cast<const uint4*>(from) + i / 4);
-    eight.words[i] = v.x;
-    eight.words[i + 1] = v.y;
-    eight.words[i + 2] = v.z;
-    eight.words[i + 3] = v.w;
-  }
+  for (int q = 0; q < Eight<T>::kQuads; ++q)
+    eight.set_quad(q, gpu::load_relaxed(reinterpret_cast<const uint4*>(from) + q));
   return eight;
 }
 
@@ -85,19 +91,19 @@ struct MmaTile {
 
   __device__ static int sequence(int lane, int r) { return lane / 4 + 8 * r; }
 
-  // sums: those of the tile's first sequence.
+  // sums: those of the tile's first sequence. d: of units 8 * octet to 8 * octet + 7.
   template <int kColumns>
-  __device__ static void store(const float (&d)[kColumns][4], float* sums) {
-    const int lane = threadIdx.x % 32, t = lane % 4;
+  __device__ static void store(const float (&d)[kColumns][4], int octet, int pitch, float* sums) {
+    const int lane = threadIdx.x % 32, unit = 8 * octet + lane % 4 * 2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float* const row = sums + sequence(lane, r) * sum_pitch(kColumns);
+      float* const row = sums + sequence(lane, r) * pitch;
       if constexpr (kColumns == 1) {
-        *reinterpret_cast<float2*>(row + 2 * t) = make_float2(d[0][2 * r], d[0][2 * r + 1]);
+        *reinterpret_cast<float2*>(row + unit) = make_float2(d[0][2 * r], d[0][2 * r + 1]);
       } else {
 #pragma unroll
         for (int u = 0; u < 2; ++u)
-          reinterpret_cast<float4*>(row)[2 * t + u] =
+          reinterpret_cast<float4*>(row)[unit + u] =
               make_float4(d[0][2 * r + u], d[1][2 * r + u], d[2][2 * r + u],
                           kColumns == 4 ? d[kColumns - 1][2 * r + u] : 0);
       }
@@ -180,8 +186,8 @@ struct Ffma {
   }
 
   template <int kColumns>
-  __device__ static void store(const float (&d)[kColumns][4], float* sums) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  __device__ static void store(const float (&d)[kColumns][4], int octet, int pitch, float* sums) {
+    const int lane = threadIdx.x % 32, unit = 8 * octet + lane / 4, t = lane % 4;
     float total[4] = {};
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
@@ -193,11 +199,11 @@ struct Ffma {
           (high ? d[c][3] : d[c][1]) + __shfl_xor_sync(~0u, high ? d[c][1] : d[c][3], 2);
       total[c] = (odd ? second : first) + __shfl_xor_sync(~0u, odd ? first : second, 1);
     }
-    float* const row = sums + t * sum_pitch(kColumns);
+    float* const row = sums + t * pitch;
     if constexpr (kColumns == 1)
-      row[g] = total[0];
+      row[unit] = total[0];
     else
-      reinterpret_cast<float4*>(row)[g] = make_float4(total[0], total[1], total[2], total[3]);
+      reinterpret_cast<float4*>(row)[unit] = make_float4(total[0], total[1], total[2], total[3]);
   }
 };
 
@@ -211,39 +217,67 @@ constexpr int largest_divisor(int n, int limit) {
   return limit;
 }
 
+// Item i is k-block i / kGroups of group i % kGroups.
 template <class Policy, int kColumns, int kGroups, int kBlocks, bool kAligned>
 class Product {
   using T = typename Policy::T;
-  static constexpr int kItems = kGroups * kBlocks;  // k-blocks of a tile
+  static constexpr int kOctets = units_of(kBlocks) / 8;  // of hidden units
+  static constexpr int kPitch = sum_pitch(kColumns, units_of(kBlocks));
+  static constexpr int kItems = kGroups * kBlocks;  // of a tile
+  static constexpr int kInRegisters =
+      kGroups * register_blocks(sizeof(T), kColumns* kGroups, kBlocks);
 
   // What a thread's registers hold besides addresses and the gates' own: weights, operands that are
   // on the way from L2 and sums of the tiles that go together, where one tile has fewer k-blocks
-  // than should be on the way.
-  static constexpr int kRegisters = 144;
-  static constexpr int kWeights = kItems * kColumns * Eight<T>::kWords;
+  // than should be on the way. Most that compiles without a spill; rows that are not aligned are
+  // gathered with more addresses.
+  static constexpr int kRegisters = kOctets == 1 ? 144 : kAligned ? 160 : 152;
+  static constexpr int kWeights = kInRegisters * kOctets * kColumns * Eight<T>::kWords;
   static constexpr int kOperand = Policy::kRows * Eight<T>::kWords;
-  static constexpr int kInFlight =
-      std::clamp((kRegisters - kWeights - 4 * kColumns) / kOperand, 1, Policy::kMaxInFlight);
+  static constexpr int kInFlight = std::clamp(
+      (kRegisters - kWeights - 4 * kOctets * kColumns) / kOperand, 1, Policy::kMaxInFlight);
   static constexpr int kTiles = std::max(1, std::min(kInFlight / kItems, 8 / kColumns));
   static constexpr int kStepItems = kTiles * kItems;
   static constexpr int kOperands = largest_divisor(kStepItems, kInFlight);
 
+  using Weights = Eight<T>[kOctets][kColumns];
+
  public:
-  // eight(column, group, k): the weights [k, k + 8) of this lane's unit, which is lane / 4.
+  // shared: the bytes that the plan has for weights, aligned to 16.
+  // eight(column, group, unit, k): the weights [k, k + 8) of the block's hidden unit.
   template <class Load>
-  __device__ __forceinline__ Product(int H, Load eight) : H_(H) {
+  __device__ __forceinline__ Product(int H, float* shared, Load eight)
+      : H_(H), shared_(reinterpret_cast<uint4*>(shared)) {
+    const auto load = [&](int i, Weights& weights) {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i)
+      for (int octet = 0; octet < kOctets; ++octet)
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        weights_[i][c] = eight(c, i / kBlocks, own_k(i));
-        Policy::prepare(weights_[i][c]);
-      }
+        for (int c = 0; c < kColumns; ++c) {
+          const int unit = 8 * octet + static_cast<int>(threadIdx.x) % 32 / 4;
+          weights[octet][c] = eight(c, i % kGroups, unit, own_k(i));
+          Policy::prepare(weights[octet][c]);
+        }
+    };
+#pragma unroll
+    for (int i = 0; i < kInRegisters; ++i) load(i, weights_[i]);
+    // Only those that the plan counts: K may end before.
+#pragma unroll 1
+    for (int i = kInRegisters; i < kItems && i / kGroups * kWarps * kRun < H; ++i) {
+      Weights weights;
+      load(i, weights);
+#pragma unroll
+      for (int octet = 0; octet < kOctets; ++octet)
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c)
+#pragma unroll
+          for (int q = 0; q < Eight<T>::kQuads; ++q)
+            *in_shared(i, octet, c, q) = weights[octet][c].quad(q);
+    }
   }
 
   // row(b): where the row of sequence b begins, for b < count; rows beyond are not read.
   // offset(group): where in a row the group begins.
-  // sums: this warp's [batch tile, sum_pitch], written up to `count` rounded up to kSequences.
+  // sums: this warp's [batch tile, kPitch], written up to `count` rounded up to kSequences.
   template <class Row, class Offset>
   __device__ __forceinline__ void multiply(int count, Row row, Offset offset, float* sums) const {
     constexpr int kStep = kTiles * Policy::kSequences;
@@ -251,12 +285,12 @@ class Product {
     Eight<T> x[kOperands][Policy::kRows];
     // The first round only reads, so that the code of a read stands here once.
     for (int first = -kStep; first < count; first += kStep) {
-      float d[kTiles][kColumns][4] = {};
+      float d[kTiles][kOctets][kColumns][4] = {};
 #pragma unroll
       for (int i = 0; i < kStepItems; ++i) {
         auto& operand = x[i % kOperands];
         if (first >= 0 && first + i / kItems * Policy::kSequences < count && run(i % kItems) < H_)
-          Policy::multiply(d[i / kItems], operand, weights_[i % kItems]);
+          add(d[i / kItems], operand, i % kItems);
         // What has been multiplied makes room for what comes kOperands later.
         const int next = (i + kOperands) % kStepItems, item = next % kItems;
         const int next_first = first + (i + kOperands < kStepItems ? 0 : kStep);
@@ -265,7 +299,7 @@ class Product {
         for (int r = 0; r < Policy::kRows; ++r) {
           const int b = next_first + next / kItems * Policy::kSequences + Policy::sequence(lane, r);
           if (b < count)  // else whatever is there: its sums are not read
-            operand[r] = load_eight<kAligned>(row(b) + offset(item / kBlocks) + own_k(item),
+            operand[r] = load_eight<kAligned>(row(b) + offset(item % kGroups) + own_k(item),
                                               H_ - own_k(item));
         }
       }
@@ -273,7 +307,9 @@ class Product {
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         const int b = first + tile * Policy::kSequences;
-        if (b < count) Policy::store(d[tile], sums + b * sum_pitch(kColumns));
+#pragma unroll
+        for (int octet = 0; octet < kOctets; ++octet)
+          if (b < count) Policy::store(d[tile][octet], octet, kPitch, sums + b * kPitch);
       }
     }
   }
@@ -281,22 +317,49 @@ class Product {
  private:
   // Where the run of an item begins in its group.
   __device__ static int run(int item) {
-    return (item % kBlocks * kWarps + static_cast<int>(threadIdx.x) / 32) * kRun;
+    return (item / kGroups * kWarps + static_cast<int>(threadIdx.x) / 32) * kRun;
   }
   __device__ static int own_k(int item) {
     return run(item) + static_cast<int>(threadIdx.x) % 4 * 8;
   }
 
+  // Where the thread keeps weights beyond those in registers: 16 bytes beside its neighbour's, free
+  // of bank conflicts. No other thread reads them, so they need no barrier.
+  __device__ uint4* in_shared(int item, int octet, int column, int quad) const {
+    const int octets = (item - kInRegisters) * kOctets + octet;
+    const int quads = (octets * kColumns + column) * Eight<T>::kQuads + quad;
+    return shared_ + quads * kThreads + threadIdx.x;
+  }
+
+  // d += x times an item's weights.
+  __device__ __forceinline__ void add(float (&d)[kOctets][kColumns][4],
+                                      const Eight<T> (&x)[Policy::kRows], int item) const {
+#pragma unroll
+    for (int octet = 0; octet < kOctets; ++octet) {
+      if (item < kInRegisters) {
+        Policy::multiply(d[octet], x, weights_[item][octet]);
+      } else {
+        Eight<T> weights[kColumns];
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c)
+#pragma unroll
+          for (int q = 0; q < Eight<T>::kQuads; ++q)
+            weights[c].set_quad(q, *in_shared(item, octet, c, q));
+        Policy::multiply(d[octet], x, weights);
+      }
+    }
+  }
+
   const int H_;
-  Eight<T> weights_[kItems][kColumns];
+  uint4* const shared_;
+  Weights weights_[kInRegisters];
 };
 
 // What all warps have summed for one unit of one sequence of the pass; always in the same order.
-// sums: [kWarps, tile, sum_pitch]
+// sums: [kWarps, tile, pitch]
 template <int kColumns>
-__device__ __forceinline__ void add_sums(const float* sums, int tile, int b, int unit,
+__device__ __forceinline__ void add_sums(const float* sums, int tile, int pitch, int b, int unit,
                                          float (&total)[kColumns]) {
-  const int pitch = sum_pitch(kColumns);
 #pragma unroll
   for (int warp = 0; warp < kWarps; ++warp) {
     const float* const row = sums + (warp * tile + b) * pitch;

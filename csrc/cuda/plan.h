@@ -24,11 +24,14 @@ enum class Precision { exact, tf32 };
 struct CudaPlan {
   Family family = Family::stepwise;
   // Of the persistent kernels; all 0 for the stepwise ones.
-  int units = 0;             // hidden units of a block
-  int warps = 0;             // of a block
-  int k_blocks = 0;          // runs of 32 of h that a warp multiplies
-  int batch_tile = 0;        // sequences of a pass
-  int64_t blocks = 0;        // of all directions
+  int units = 0;     // hidden units of a block
+  int warps = 0;     // of a block
+  int k_blocks = 0;  // runs of 32 of h that a warp multiplies
+  int register_blocks =
+      0;               // whose weights stay in registers; those of the rest do in shared memory
+  int batch_tile = 0;  // sequences of a pass
+  int launches = 0;    // 2: one direction after the other
+  int64_t blocks = 0;  // of a launch
   int64_t shared_bytes = 0;  // of a block
   std::string why;           // the limit that rules out the persistent kernels; empty for those
 };
@@ -40,12 +43,20 @@ CudaPlan plan_cuda(const LayerShape& shape, Precision precision, const GpuProper
 // What the plan and the persistent kernels agree on.
 namespace persistent {
 
-constexpr int kUnits = 8;
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kRun = 32;  // consecutive values of h that a warp multiplies at a time
-constexpr int kMaxKBlocks = 4;
-constexpr int kMaxBatchTile = 64;
+
+// Kernels are compiled for these numbers of k-blocks; H between them leaves some out. The narrow
+// ones have all weights in registers, the wide one the rest in shared memory.
+constexpr int kNarrowBlocks[] = {1, 2, 4};
+constexpr int kMaxNarrowBlocks = 4;
+constexpr int kWideBlocks = 8;
+RNN_FUSED_HD constexpr int units_of(int k_blocks) { return k_blocks > kMaxNarrowBlocks ? 16 : 8; }
+
+// A thread's own sequences of a pass; each is one unit's.
+constexpr int kOwn = 2;
+constexpr int max_batch_tile(int units) { return kOwn * kThreads / units; }
 constexpr int kMinBatchTile = 16;  // the rows of one mma
 
 constexpr int64_t kRegistersPerSm = 65536;  // that the launch bounds reckon with
@@ -56,14 +67,33 @@ RNN_FUSED_HD constexpr int blocks_per_sm(int64_t element_bytes, int k_blocks) {
   return element_bytes * k_blocks <= 2 ? 2 : 1;
 }
 
+// Of the kernel that runs a plan. K-blocks beyond the plan's multiply nothing.
+inline int compiled_blocks(const CudaPlan& plan) {
+  if (plan.units == units_of(kWideBlocks)) return kWideBlocks;
+  for (int k_blocks : kNarrowBlocks)
+    if (k_blocks >= plan.k_blocks) return k_blocks;
+  return kMaxNarrowBlocks;
+}
+
+// K-blocks of a kernel whose weights registers hold.
+RNN_FUSED_HD constexpr int register_blocks(int64_t element_bytes, int gates, int k_blocks) {
+  constexpr int kWeightRegisters = 96;  // of a wide kernel's thread
+  if (k_blocks <= kMaxNarrowBlocks) return k_blocks;
+  const int fit =
+      kWeightRegisters / (gates * units_of(k_blocks) / 8 * 2 * static_cast<int>(element_bytes));
+  return fit < 1 ? 1 : fit < k_blocks ? fit : k_blocks;
+}
+
 // Floats of one sequence among the sums that a warp leaves in shared memory: each unit has one, or
 // a float4 of up to four gates. Four more then make 16-byte accesses free of bank conflicts,
 // whether lanes are units or sequences.
-RNN_FUSED_HD constexpr int sum_pitch(int columns) { return columns == 1 ? kUnits : 4 * kUnits + 4; }
+RNN_FUSED_HD constexpr int sum_pitch(int columns, int units) {
+  return columns == 1 ? units : 4 * units + 4;
+}
 
 // State kept in shared memory, floats per sequence and unit: c, or h of a GRU, in the forward pass;
 // dh, and dc of an LSTM, in the backward pass.
-constexpr int state_count(Cell cell, bool backward) {
+RNN_FUSED_HD constexpr int state_count(Cell cell, bool backward) {
   if (backward) return cell == Cell::lstm ? 2 : 1;
   return cell == Cell::lstm || cell == Cell::gru ? 1 : 0;
 }

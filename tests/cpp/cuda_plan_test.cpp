@@ -1,6 +1,8 @@
 // Which layers the persistent kernels take, on GPUs as their data sheets describe them.
 #include <doctest/doctest.h>
 
+#include <algorithm>
+
 #include "csrc/cuda/plan.h"
 #include "tests/cpp/names.h"
 
@@ -42,6 +44,8 @@ TEST_CASE("a layer that fits has persistent kernels, in both passes") {
               CHECK(p.units == 8);
               CHECK(p.warps == 8);
               CHECK(p.k_blocks == (H + 255) / 256);
+              CHECK(p.register_blocks == p.k_blocks);
+              CHECK(p.launches == 1);
               CHECK(p.blocks == (H + 7) / 8);
               CHECK(p.batch_tile == 32);
             }
@@ -53,8 +57,8 @@ TEST_CASE("what the persistent kernels cannot do") {
   CHECK(mentions(plan(s, kH100), "projection, P = 100"));
   CHECK(mentions(plan(shape(32, 256, 1, Cell::gru, DType::f64), kH100), "float64"));
   CHECK(mentions(plan(shape(32, 256), kT4), "got 75"));
-  CHECK(mentions(plan(shape(32, 1025), kH100), "up to 1024, got 1025"));
-  for (const CudaPlan& p : {plan(s, kH100), plan(shape(32, 1025), kB200)}) {
+  CHECK(mentions(plan(shape(32, 2049), kH100), "up to 2048, got 2049"));
+  for (const CudaPlan& p : {plan(s, kH100), plan(shape(32, 2049), kB200)}) {
     CHECK(p.family == Family::stepwise);
     CHECK(p.blocks == 0);
     CHECK(p.shared_bytes == 0);
@@ -71,27 +75,74 @@ TEST_CASE("large batches of large layers are left to products") {
   CHECK(forced.family == Family::persistent);
 }
 
-// One block to an SM; two of 16-bit types for H up to 256.
-TEST_CASE("all blocks of all directions are resident at once") {
-  const auto persistent = [](int64_t H, int directions, const GpuProperties& gpu) {
-    const CudaPlan p = plan(shape(16, H, directions), gpu);
-    CHECK((p.family == Family::stepwise) == mentions(p, "must be resident at once"));
-    return p.family == Family::persistent;
+// One block to an SM; two of 16-bit types for H up to 256. Where narrow blocks are too many, wide
+// ones may fit, and where both directions do not, one after the other may.
+TEST_CASE("all blocks of a launch are resident at once") {
+  struct How {
+    int units, launches;  // 0 and 0: stepwise
+    bool operator==(const How&) const = default;
   };
-  CHECK(persistent(528, 2, kH100));
-  CHECK(!persistent(529, 2, kH100));
-  CHECK(persistent(592, 2, kB200));
-  CHECK(persistent(864, 1, kA100));
-  CHECK(!persistent(865, 1, kA100));
-  CHECK(persistent(1024, 1, kRtx4090));
-  CHECK(persistent(256, 1, kSmall));
-  CHECK(!persistent(257, 1, kSmall));
-  CHECK(persistent(128, 2, kSmall));
-  CHECK(!persistent(129, 2, kSmall));
-  CHECK(plan(shape(16, 128, 1, Cell::lstm, DType::f32), kSmall).family == Family::persistent);
-  CHECK(plan(shape(16, 129, 1, Cell::lstm, DType::f32), kSmall).family == Family::stepwise);
-  CHECK(mentions(plan(shape(16, 1024, 2), kH100), "256 blocks"));
-  CHECK(mentions(plan(shape(16, 1024, 2), kH100), "room for 132"));
+  const auto how = [](int64_t H, int directions, const GpuProperties& gpu) -> How {
+    const CudaPlan p = plan(shape(16, H, directions), gpu);
+    CAPTURE(p.why);
+    CHECK((p.family == Family::stepwise) == (p.why != ""));
+    if (p.family == Family::persistent) {
+      CHECK(p.blocks == (H + p.units - 1) / p.units * directions / p.launches);
+      CHECK(p.blocks <= gpu.sm_count * (p.units == 8 && H <= 256 ? 2 : 1));
+    }
+    return {p.units, p.launches};
+  };
+  CHECK(how(528, 2, kH100) == How{8, 1});
+  CHECK(how(529, 2, kH100) == How{16, 1});
+  CHECK(how(592, 2, kB200) == How{8, 1});
+  CHECK(how(1024, 2, kH100) == How{16, 1});
+  CHECK(how(1056, 2, kH100) == How{16, 1});
+  CHECK(how(1057, 2, kH100) == How{16, 2});
+  CHECK(how(1025, 1, kH100) == How{16, 1});
+  CHECK(how(2048, 1, kH100) == How{16, 1});
+  CHECK(how(2048, 2, kH100) == How{16, 2});
+  CHECK(how(864, 1, kA100) == How{8, 1});
+  CHECK(how(865, 1, kA100) == How{16, 1});
+  CHECK(how(864, 2, kA100) == How{16, 1});
+  CHECK(how(872, 2, kA100) == How{16, 2});
+  CHECK(how(1024, 1, kRtx4090) == How{8, 1});
+  CHECK(how(256, 1, kSmall) == How{8, 1});
+  CHECK(how(257, 1, kSmall) == How{0, 0});
+  CHECK(how(128, 2, kSmall) == How{8, 1});
+  CHECK(how(129, 2, kSmall) == How{8, 2});
+  CHECK(plan(shape(16, 128, 1, Cell::lstm, DType::f32), kSmall).units == 8);
+  CHECK(plan(shape(16, 129, 1, Cell::lstm, DType::f32), kSmall).units == 16);
+  CHECK(mentions(plan(shape(16, 257), kSmall), "17 blocks of 16 hidden units must be resident"));
+  CHECK(mentions(plan(shape(16, 257), kSmall), "room for 16"));
+}
+
+TEST_CASE("weights beyond a wide block's registers are in shared memory") {
+  struct Case {
+    Cell cell;
+    DType dtype;
+    int in_registers;
+  };
+  for (const auto& [cell, dtype, in_registers] :
+       {Case{Cell::lstm, DType::bf16, 3}, Case{Cell::gru, DType::bf16, 4},
+        Case{Cell::rnn_tanh, DType::bf16, 8}, Case{Cell::gru, DType::f32, 2},
+        Case{Cell::rnn_tanh, DType::f32, 6}})
+    for (bool backward : {false, true}) {
+      CAPTURE(backward);
+      const CudaPlan p = plan(shape(16, 1030, 1, cell, dtype), kH100, backward);
+      REQUIRE(p.units == 16);
+      CHECK(p.k_blocks == 5);
+      CHECK(p.register_blocks == std::min(5, in_registers));
+      // [8 warps, 16, 16 units, or 16 * 4 gates + 4] sums, biases, [16, 16] state, and weights: for
+      // each k-block 256 values of h for the units of each gate.
+      const int gates = gate_count(cell), state = cell == Cell::rnn_tanh ? backward : 1;
+      const int pitch = backward || gates == 1 ? 16 : 68;
+      const int biases = backward ? 0 : saved_count(cell) * 16;
+      const int doubled = backward && cell == Cell::lstm ? 2 : 1;
+      CHECK(p.shared_bytes ==
+            4 * (8 * 16 * pitch + biases + doubled * state * 256) +
+                (5 - p.register_blocks) * 256 * 16 * gates * (dtype == DType::f32 ? 4 : 2));
+    }
+  CHECK(mentions(plan(shape(16, 1030, 1, Cell::lstm, DType::f32), kH100), "shared memory"));
 }
 
 TEST_CASE("shared memory holds the sums of a batch tile and the state of every sequence") {

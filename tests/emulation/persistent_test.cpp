@@ -12,6 +12,8 @@ namespace {
 
 constexpr Host kOneThread = {nullptr, 1};
 constexpr GpuProperties kH100 = {90, 132, 65536, 233472, 232448};
+// Room for one direction of up to 304 units in wide blocks.
+constexpr GpuProperties kSmall = {90, 19, 65536, 233472, 232448};
 
 #ifdef __SANITIZE_THREAD__
 constexpr int64_t kMaxBlocks = 31;  // as many threads as ThreadSanitizer can tell apart
@@ -24,6 +26,7 @@ constexpr uint64_t kRounds = 4;
 struct Case : Sizes {
   Precision precision = Precision::exact;
   bool save = true;
+  GpuProperties gpu = kH100;
 };
 
 // Of the error's norm to the result's: the same sums in another order, with TF32 of factors that
@@ -52,13 +55,20 @@ void check_close(const doctest::String& what, const Array& actual, const Array& 
 }
 
 CudaPlan plan_of(const Case& c, const LayerShape& shape, bool backward) {
-  const CudaPlan plan = plan_cuda(shape, c.precision, kH100, backward);
+  const CudaPlan plan = plan_cuda(shape, c.precision, c.gpu, backward);
   INFO(plan.why);
   REQUIRE(plan.family == Family::persistent);
   return plan;
 }
 
-bool fits(const Case& c) { return (c.H + 7) / 8 * c.directions <= kMaxBlocks; }
+bool fits(const Case& c) {
+  const LayerShape shape = {c.cell, c.dtype, c.T, c.B, c.H, c.H, c.directions, nullptr, nullptr};
+  for (bool backward : {false, true}) {
+    const CudaPlan plan = plan_cuda(shape, c.precision, c.gpu, backward);
+    if (plan.family != Family::persistent || plan.blocks > kMaxBlocks) return false;
+  }
+  return true;
+}
 
 void check_case(const Case& c, uint64_t seed) {
   CAPTURE(static_cast<const Sizes&>(c));
@@ -105,7 +115,8 @@ void check_case(const Case& c, uint64_t seed) {
 
 // Every cell and type, with other sizes and options each time.
 void check_cases(std::initializer_list<int64_t> sizes_of_h, std::initializer_list<int64_t> batches,
-                 std::initializer_list<int64_t> steps, uint64_t seed) {
+                 std::initializer_list<int64_t> steps, uint64_t seed,
+                 const GpuProperties& gpu = kH100) {
   Random random(seed);
   for (const auto& [dtype, precision] : {std::pair{DType::bf16, Precision::exact},
                                          {DType::f16, Precision::exact},
@@ -121,6 +132,7 @@ void check_cases(std::initializer_list<int64_t> sizes_of_h, std::initializer_lis
         c.bias = random.coin();
         c.gap = random.one_of({0, 3, 8});
         c.precision = precision;
+        c.gpu = gpu;
         c.save = random.coin();
         if (!fits(c)) continue;
         check_case(c, random.bits());
@@ -139,6 +151,16 @@ TEST_CASE("persistent kernels with two k-blocks equal the CPU core") {
 // Three and four: so many threads that a small batch must do.
 TEST_CASE("persistent kernels with more k-blocks equal the CPU core") {
   check_cases({520, 776}, {1, 3}, {2}, 6);
+}
+
+// Of LSTMs in float32, which have the fewest weights in registers, some are in shared memory.
+TEST_CASE("wide blocks, and one direction after the other, equal the CPU core") {
+  check_cases({260, 300}, {1, 17, 40}, {1, 3}, 7, kSmall);
+}
+
+// Not those of LSTMs in float32: too large.
+TEST_CASE("wide blocks with weights of all types in shared memory equal the CPU core") {
+  check_cases({1042}, {1, 17}, {2}, 8);
 }
 
 }  // namespace
