@@ -17,8 +17,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pybind11
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # else it rejects pyproject.toml
+    raise SystemExit(f"building needs setuptools 77 or later, got {setuptools.__version__}")
 
 ROOT = Path(__file__).resolve().parent
 # Not setuptools' build_temp, which is a new folder at every editable install.

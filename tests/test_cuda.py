@@ -32,6 +32,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnn_fused
 from rnn_fused import ops
+from rnn_fused.explain import GPUS
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("device", ["cuda"], indirect=True)]
@@ -107,6 +108,7 @@ SHAPES = [
     (1, 1, 1, 1), (1, 7, 5, 3), (7, 1, 3, 13), (5, 2, 67, 1), (2, 17, 1, 31), (3, 37, 19, 41),
     (4, 16, 32, 256), (3, 65, 8, 257), (4, 64, 24, 512), (2, 130, 8, 520), (9, 16, 64, 768),
     (3, 3, 8, 1000), (2, 1, 8, 1024), (3, 5, 7, 1100),
+    (3, 33, 8, 1536), (2, 17, 8, 2048), (2, 3, 7, 2050),
 ]  # fmt: skip
 
 
@@ -192,13 +194,20 @@ def test_more_elements_than_32_bits_count(device: str) -> None:
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_persistent_kernels_reach_their_sizes(cell: str, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize(("H", "gpu"), [(768, "A100"), (1024, "A100"), (2048, "H100")])
+def test_persistent_kernels_reach_their_sizes(
+    cell: str, dtype: torch.dtype, H: int, gpu: str, device: str
+) -> None:
     """Else every test of them could be skipped, and nobody the wiser."""
-    if torch.cuda.get_device_properties(device).multi_processor_count < 100:
-        pytest.skip("needs an SM for each block of 8 units")
-    _, ours = layers(cell, 768, 768, dtype, device)
+    here, least = torch.cuda.get_device_properties(device), GPUS[gpu]
+    if (
+        here.multi_processor_count < least.sm_count
+        or here.shared_memory_per_block_optin < least.shared_per_block
+    ):
+        pytest.skip(f"needs as many SMs, and as much shared memory, as an {gpu} has")
+    _, ours = layers(cell, H, H, dtype, device)
     with rnn_fused.kernels("persistent"):
-        output = ours(torch.randn(8, 16, 768, device=device, dtype=dtype))[0]
+        output = ours(torch.randn(8, 16, H, device=device, dtype=dtype))[0]
         output.backward(torch.ones_like(output))
 
 

@@ -32,14 +32,21 @@ def test_explains_a_layer_on_a_gpu_that_is_not_there(gpu: str) -> None:
     layer = rnn_fused.LSTM(512, 512, dtype=torch.float16)
     text = rnn_fused.explain(layer, T=1000, B=16, device=gpu)
     assert f"on {gpu} (sm_" in text
-    assert text.count("persistent: 64 blocks of 8 hidden units") == 2
+    assert text.count("persistent: 64 blocks of 8 hidden units, weights in registers (8") == 2
+
+
+def test_explains_where_weights_are_that_registers_have_no_room_for() -> None:
+    layer = rnn_fused.LSTM(8, 2048, dtype=torch.bfloat16, bidirectional=True)
+    text = rnn_fused.explain(layer, T=10, B=16, device="H100")
+    how = "128 blocks of 16 hidden units for one direction after the other, weights in registers"
+    assert text.count(f"persistent: {how} (8 warps, 8 runs each, the last 5 in shared memory)") == 2
 
 
 def test_a_small_gpu_runs_small_layers_only() -> None:
     gpu = rnn_fused.Gpu("small", 86, 4, 65536, 100 << 10, 99 << 10)
     assert "persistent" in rnn_fused.explain(rnn_fused.GRU(8, 32), 10, 8, device=gpu)
     text = rnn_fused.explain(rnn_fused.GRU(8, 512), 10, 8, device=gpu)
-    assert text.count("stepwise: 64 blocks must be resident at once") == 2
+    assert text.count("stepwise: 32 blocks of 16 hidden units must be resident at once") == 2
 
 
 def test_explains_what_runs_on_an_old_gpu() -> None:
@@ -59,7 +66,7 @@ def test_explains_a_device_without_code(monkeypatch: pytest.MonkeyPatch) -> None
     [
         (lambda: rnn_fused.LSTM(8, 64, proj_size=16), "a projection, P = 16"),
         (lambda: rnn_fused.LSTM(8, 64, dtype=torch.float64), "float64"),
-        (lambda: rnn_fused.LSTM(8, 1025), "H up to 1024, got 1025"),
+        (lambda: rnn_fused.LSTM(8, 2049), "H up to 2048, got 2049"),
     ],
 )
 def test_says_why_a_layer_runs_stepwise(layer, why: str) -> None:
