@@ -6,7 +6,7 @@ MAX_JOBS ?= $(shell nproc)
 CLANG_FORMAT_FILES = $(shell find csrc tests/cpp tests/emulation tests/gpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: test bench build lint format cpp-test sanitize emulate emulate-plain \
-        emulate-asan emulate-tsan emulate-ops wheel clean
+        emulate-asan emulate-tsan emulate-ops kernel-table wheel clean
 
 test: build
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -81,6 +81,10 @@ build/gpu_primitives: tests/gpu/primitives.cu $(wildcard csrc/cuda/*.*h tests/em
 	nvcc -std=c++20 -O3 -I. --Werror=all-warnings -Xcompiler=-Wall,-Wextra,-Werror \
 	    -Xptxas=-warn-spills,-Werror -gencode=arch=compute_80,code=sm_80 \
 	    -gencode=arch=compute_90a,code=sm_90a $< -o $@
+
+# What each kernel takes of a GPU, and whether its machine code keeps the rules. Needs nvcc.
+kernel-table: build
+	$(BIN)/python tests/kernel_table.py rnn_fused/libops.so --out build/kernels.md
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
