@@ -5,14 +5,15 @@ transforms of `torch.func` both understand an autograd.Function with `setup_cont
 rule. The ops themselves carry the same formulas through `register_autograd`, for compilers and
 direct calls. Forward-mode AD runs the reference instead.
 
-A layer's *primals* are `input, hx, cx, *slots`, where the slots are its weights, field by field
-and direction by direction, None where absent: Functions take tensors as flat arguments.
+A layer's *primals* are `input, hx, cx, reset_hx, reset_cx, *slots`, where the slots are its
+weights, field by field and direction by direction, None where absent: Functions take tensors as
+flat arguments. `batch_sizes` and `resets` have no derivatives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, repeat
+from itertools import chain, compress, repeat
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .reference import LayerWeights
 
 Slots = Sequence[Tensor | None]
 FIELDS = len(LayerWeights._fields)
+STATES = 5  # primals before the slots
 
 
 def flatten(fields: Sequence[Sequence[Any]]) -> list[Any]:
@@ -58,33 +60,38 @@ class LayerForward(Function):
 
     @staticmethod
     def forward(
-        call: Call, save: bool, batch_sizes: Tensor | None, *primals: Tensor | None
+        call: Call,
+        save: bool,
+        batch_sizes: Tensor | None,
+        resets: Tensor | None,
+        *primals: Tensor | None,
     ) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = library.run(
             library.layer_forward,
-            *(*primals[:3], *unflatten(primals[3:]), batch_sizes),
+            *(*primals[:STATES], *unflatten(primals[STATES:]), batch_sizes, resets),
             *(call.cell, save, call.kernels, call.allow_tf32),
         )
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-        ctx.call, _, batch_sizes, *primals = inputs
+        ctx.call, _, batch_sizes, resets, *primals = inputs
         output, _, c_n, gates, cells = outputs
-        ctx.save_for_backward(batch_sizes, output, gates, cells, *primals)
+        ctx.save_for_backward(batch_sizes, resets, output, gates, cells, *primals)
         ctx.mark_non_differentiable(gates, cells, *([c_n] if primals[2] is None else []))
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, None, None, *first_order(ctx, grads, ctx.needs_input_grad[3:])
+        return None, None, None, None, *first_order(ctx, grads, ctx.needs_input_grad[4:])
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        call, save, batch_sizes, input, hx, cx, *slots = args
-        if batch_sizes is not None or any(dim is not None for dim in in_dims[6:]):
+        call, save, batch_sizes, resets, input, hx, cx, _, _, *slots = args
+        ragged_or_reset = batch_sizes is not None or resets is not None
+        if ragged_or_reset or any(dim is not None for dim in in_dims[4 + STATES :]):
             return _loop_over_samples(LayerForward, info, in_dims, args)
-        return _fold_samples(info.batch_size, in_dims[3:6], call, save, input, hx, cx, slots)
+        return _fold_samples(info.batch_size, in_dims[4:7], call, save, input, hx, cx, slots)
 
 
 class LayerBackward(Function):
@@ -97,6 +104,7 @@ class LayerBackward(Function):
         need_state: bool,
         need_weights: bool,
         batch_sizes: Tensor | None,
+        resets: Tensor | None,
         output: Tensor,
         gates: Tensor,
         cells: Tensor,
@@ -108,7 +116,7 @@ class LayerBackward(Function):
         grads = grad_output, grad_h_n, grad_c_n
         *gradients, grad_weights = library.run(
             library.layer_backward,
-            *(*grads, *primals[:3], *unflatten(primals[3:]), batch_sizes),
+            *(*grads, *primals[:STATES], *unflatten(primals[STATES:]), batch_sizes, resets),
             *(call.cell, output, gates, cells, need_input, need_state, need_weights),
             *(call.kernels, call.allow_tf32),
         )
@@ -116,16 +124,16 @@ class LayerBackward(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-        ctx.call, need_input, need_state, _, batch_sizes, _, _, _, *grads_and_primals = inputs
-        ctx.save_for_backward(batch_sizes, *grads_and_primals)
-        computed = need_input, need_state, need_state and grads_and_primals[5] is not None
-        empty = [gradient for gradient, c in zip(outputs[:3], computed, strict=True) if not c]
+        ctx.call, need_input, need_state, _, batch_sizes, resets, _, _, _, *rest = inputs
+        ctx.save_for_backward(batch_sizes, resets, *rest)  # of the outputs the gradients, primals
+        computed = need_input, *(need_state and state is not None for state in rest[4:8])
+        empty = [gradient for gradient, c in zip(outputs[:STATES], computed, strict=True) if not c]
         ctx.mark_non_differentiable(*empty)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *(None,) * 8, *second_order(ctx, grads)
+        return *(None,) * 9, *second_order(ctx, grads)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
@@ -142,43 +150,44 @@ def apply(function: type[Function], *args: Any) -> Any:
 
 def first_order(ctx: Any, grads: Slots, needed: Sequence[bool | None]) -> list[Tensor | None]:
     """The gradients of the primals that are needed, from those of LayerForward's outputs."""
-    batch_sizes, output, gates, cells, *primals = ctx.saved_tensors
+    batch_sizes, resets, output, gates, cells, *primals = ctx.saved_tensors
     if forward_mode() or batched_grads(grads):
-        return reference_vjp(ctx.call.cell, batch_sizes, grads[:3], primals)
-    needs_input, needs_hx, needs_cx, *needs_weight = map(bool, needed)
-    needs = needs_input, needs_hx or needs_cx, any(needs_weight)
+        return reference_vjp(ctx.call.cell, batch_sizes, resets, grads[:3], primals)
+    needs = bool(needed[0]), any(needed[1:STATES]), any(needed[STATES:])
     differentiable = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-    args = ctx.call, *needs, batch_sizes, output, gates, cells, *grads[:3], *primals
+    args = ctx.call, *needs, batch_sizes, resets, output, gates, cells, *grads[:3], *primals
     gradients = apply(LayerBackward, *args) if differentiable else LayerBackward.forward(*args)
-    weights = iter(gradients[3:])
-    slots = [None if w is None else next(weights, None) for w in primals[3:]]
+    weights = iter(gradients[STATES:])
+    slots = [None if w is None else next(weights, None) for w in primals[STATES:]]
     return [
         gradient if need else None
-        for gradient, need in zip((*gradients[:3], *slots), needed, strict=True)
+        for gradient, need in zip((*gradients[:STATES], *slots), needed, strict=True)
     ]
 
 
 def second_order(ctx: Any, grads: Slots) -> list[Tensor | None]:
     """The gradients of LayerBackward's grads and primals, from those of its outputs."""
-    batch_sizes, *tensors = ctx.saved_tensors
+    batch_sizes, resets, *tensors = ctx.saved_tensors
 
     def backward(*tensors: Tensor | None) -> list[Tensor]:
-        gradients = reference_vjp(ctx.call.cell, batch_sizes, tensors[:3], tensors[3:])
+        gradients = reference_vjp(ctx.call.cell, batch_sizes, resets, tensors[:3], tensors[3:])
         return [g for g in gradients if g is not None]
 
-    without_cx = tensors[5] is None
-    return _vjp(backward, tensors, [*grads[:2], *grads[3 if without_cx else 2 :]])
+    # Absent states have no gradient; absent weights are not among the outputs.
+    present = [primal is not None for primal in tensors[3 : 3 + STATES]]
+    return _vjp(backward, tensors, [*compress(grads, present), *grads[STATES:]])
 
 
 def reference_vjp(
-    cell: str, batch_sizes: Tensor | None, grads: Slots, primals: Slots
+    cell: str, batch_sizes: Tensor | None, resets: Tensor | None, grads: Slots, primals: Slots
 ) -> list[Tensor | None]:
     """`layer_backward` by the reference: the gradients of all the primals."""
 
     def forward(*primals: Any) -> list[Tensor]:
-        input, hx, cx, *slots = primals
-        weights = unflatten(slots)
-        outputs = reference.layer(input, hx, cx, weights, cell=cell, batch_sizes=batch_sizes)
+        input, hx, cx, reset_hx, reset_cx, *slots = primals
+        rows = {"batch_sizes": batch_sizes, "resets": resets}
+        state = {"reset_hx": reset_hx, "reset_cx": reset_cx}
+        outputs = reference.layer(input, hx, cx, unflatten(slots), cell=cell, **rows, **state)
         return [o for o in outputs if o is not None]
 
     return _vjp(forward, primals, grads)
@@ -234,7 +243,9 @@ def _fold_samples(
         return x.flatten(1, 2)
 
     states = [None if x is None else fold(x, d) for x, d in zip((hx, cx), dims[1:], strict=True)]
-    folded = LayerForward.apply(call, save, None, fold(input, dims[0]), *states, *slots)
+    no_resets = None, None
+    primals = fold(input, dims[0]), *states, *no_resets, *slots
+    folded = LayerForward.apply(call, save, None, None, *primals)
 
     T, B = folded[0].shape[0], folded[0].shape[1] // V
     outputs = [  # [K, V*B, F] -> [K, V, B, F], and saved [D, T*V*B, ..] -> [D, V, T*B, ..]
@@ -249,6 +260,8 @@ def _fold_samples(
 
 # The same formulas for the ops themselves, whose weights come as lists.
 
+BEFORE_WEIGHTS = 3 + STATES  # of layer_backward's arguments: the outputs' gradients, and primals
+
 
 def _nested(slots: Slots, fields: Sequence[Sequence[Any]]) -> list[list[Tensor | None]]:
     """Inverse of `flatten`, for gradients of these fields."""
@@ -257,29 +270,35 @@ def _nested(slots: Slots, fields: Sequence[Sequence[Any]]) -> list[list[Tensor |
 
 
 def _forward_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-    primals, (batch_sizes, cell, save, *how) = (*inputs[:3], *flatten(inputs[3:8])), inputs[8:]
-    LayerForward.setup_context(ctx, (Call(cell, *how), save, batch_sizes, *primals), output)
+    primals = *inputs[:STATES], *flatten(inputs[STATES : STATES + FIELDS])
+    batch_sizes, resets, cell, save, *how = inputs[STATES + FIELDS :]
+    LayerForward.setup_context(ctx, (Call(cell, *how), save, batch_sizes, resets, *primals), output)
 
 
 def _forward_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     needed = ctx.needs_input_grad
-    gradients = first_order(ctx, grads, [*needed[:3], *flatten(needed[3:8])])
-    return *gradients[:3], *_nested(gradients[3:], needed[3:8]), *(None,) * 5
+    fields = needed[STATES : STATES + FIELDS]
+    gradients = first_order(ctx, grads, [*needed[:STATES], *flatten(fields)])
+    return *gradients[:STATES], *_nested(gradients[STATES:], fields), *(None,) * 6
 
 
 def _backward_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:
-    tensors, fields, (batch_sizes, cell, *saved_and_needs) = inputs[:6], inputs[6:11], inputs[11:]
-    saved, needs, how = saved_and_needs[:3], saved_and_needs[3:6], saved_and_needs[6:]
+    fields = inputs[BEFORE_WEIGHTS : BEFORE_WEIGHTS + FIELDS]
+    batch_sizes, resets, cell, *rest = inputs[BEFORE_WEIGHTS + FIELDS :]
+    saved, needs, how = rest[:3], rest[3:6], rest[6:]
+    tensors = *inputs[:BEFORE_WEIGHTS], *flatten(fields)
     LayerBackward.setup_context(
         ctx,
-        (Call(cell, *how), *needs, batch_sizes, *saved, *tensors, *flatten(fields)),
-        (*output[:3], *output[3]),
+        (Call(cell, *how), *needs, batch_sizes, resets, *saved, *tensors),
+        (*output[:STATES], *output[STATES]),
     )
 
 
 def _backward_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    gradients = second_order(ctx, (*grads[:3], *grads[3]))
-    return *gradients[:6], *_nested(gradients[6:], ctx.needs_input_grad[6:11]), *(None,) * 10
+    gradients = second_order(ctx, (*grads[:STATES], *grads[STATES]))
+    tensors, slots = gradients[:BEFORE_WEIGHTS], gradients[BEFORE_WEIGHTS:]
+    fields = ctx.needs_input_grad[BEFORE_WEIGHTS : BEFORE_WEIGHTS + FIELDS]
+    return *tensors, *_nested(slots, fields), *(None,) * 11
 
 
 torch.library.register_autograd(

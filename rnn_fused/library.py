@@ -58,19 +58,23 @@ def _fake_forward(
     input: Tensor,
     hx: Tensor,
     cx: Tensor | None,
+    reset_hx: Tensor | None,
+    reset_cx: Tensor | None,
     weight_ih: Sequence[Tensor],
     weight_hh: Sequence[Tensor],
     bias_ih: Sequence[Tensor],
     bias_hh: Sequence[Tensor],
     weight_hr: Sequence[Tensor],
     batch_sizes: Tensor | None,
+    resets: Tensor | None,
     cell: str,
     save: bool,
     kernels: str,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     # The kernels check this too, but a meta tensor among the arguments leads here instead.
-    for tensor in (hx, cx, *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr):
+    states = hx, cx, reset_hx, reset_cx, resets
+    for tensor in (*states, *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr):
         if tensor is not None and tensor.device != input.device:
             devices = f"{input.device} and {tensor.device}"
             raise RuntimeError(f"[{cell}] all tensors must be on one device, got {devices}")
@@ -95,12 +99,15 @@ def _fake_backward(
     input: Tensor,
     hx: Tensor,
     cx: Tensor | None,
+    reset_hx: Tensor | None,
+    reset_cx: Tensor | None,
     weight_ih: Sequence[Tensor],
     weight_hh: Sequence[Tensor],
     bias_ih: Sequence[Tensor],
     bias_hh: Sequence[Tensor],
     weight_hr: Sequence[Tensor],
     batch_sizes: Tensor | None,
+    resets: Tensor | None,
     cell: str,
     output: Tensor,
     gates: Tensor,
@@ -110,7 +117,7 @@ def _fake_backward(
     need_weights: bool,
     kernels: str,
     allow_tf32: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     def gradient(like: Tensor | None, needed: bool) -> Tensor:
         return input.new_empty(like.shape if like is not None and needed else 0)
 
@@ -119,6 +126,8 @@ def _fake_backward(
         gradient(input, need_input),
         gradient(hx, need_state),
         gradient(cx, need_state),
+        gradient(reset_hx, need_state),
+        gradient(reset_cx, need_state),
         [gradient(w, True) for w in weights] if need_weights else [],
     )
 

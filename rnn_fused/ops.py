@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,81 +24,94 @@ def layer(
     *,
     cell: str,
     batch_sizes: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_hx: Tensor | None = None,
+    reset_cx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Runs one layer like `reference.layer`, which see for the shapes and the mathematics.
 
     All tensors share one dtype (float32, float64, bfloat16 or float16) and device, except
-    `batch_sizes`, which stays on the CPU. Under autocast they are cast to its dtype, float64
-    excepted, and the results have that dtype. 16-bit layers compute and keep c in float32, and
-    round h after each step.
+    `batch_sizes`, which stays on the CPU, and `resets`, which are bool. Under autocast they are
+    cast to its dtype, float64 excepted, and the results have that dtype. 16-bit layers compute and
+    keep c in float32, and round h after each step.
 
     Derivatives of every order and kind pass through it: backward, `torch.func`, forward mode.
 
     Raises:
         ValueError: the cell is unknown.
-        RuntimeError: shapes, dtypes, devices or batch sizes do not fit together.
+        RuntimeError: shapes, dtypes, devices or batch sizes do not fit together; resets where only
+            torch's own op can run.
     """
     if cell not in library.GATES:
         raise ValueError(f"[layer] cell must be one of {[*library.GATES]}, got {cell!r}")
     device = input.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
-        input, hx, cx, weights = _autocast(input, hx, cx, weights)
+        primals = input, hx, cx, reset_hx, reset_cx
+        input, hx, cx, reset_hx, reset_cx, weights = _autocast(device, primals, weights)
     # torch.func's transforms inside a compiled region see neither Functions nor register_autograd.
     compiling = torch.compiler.is_compiling()
     transformed = torch._C._are_functorch_transforms_active()
     if forward_mode() or (compiling and transformed):
-        return reference.layer(input, hx, cx, weights, cell=cell, batch_sizes=batch_sizes)
+        return reference.layer(
+            *(input, hx, cx, weights),
+            cell=cell,
+            batch_sizes=batch_sizes,
+            resets=resets,
+            reset_hx=reset_hx,
+            reset_cx=reset_cx,
+        )
     if not families.has_kernels(device, input.device.index):
         _warn_unfused(device)
+        if resets is not None:
+            raise RuntimeError(f"[{cell}] resets need rnn_fused's kernels: {device} has none")
         return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
     kernels, allow_tf32 = "auto", False
     if device == "cuda":
         kernels = families.forced()
         allow_tf32 = input.dtype == torch.float32 and families.allows_tf32()
         if kernels == "cudnn":
+            if resets is not None:
+                raise RuntimeError(f'[{cell}] kernels("cudnn") cannot run resets')
             if not transformed:
                 return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
             kernels = "auto"  # torch.func's transforms have no rules for torch's op
 
-    save = torch.is_grad_enabled() and (transformed or _requires_grad(input, hx, cx, weights))
+    primals = input, hx, cx, reset_hx, reset_cx
+    save = torch.is_grad_enabled() and (transformed or _requires_grad(primals, weights))
     if transformed or (save and not compiling):
         output, h_n, c_n, _, _ = apply(
             LayerForward,
             library.Call(cell, kernels, allow_tf32),
-            *(save, batch_sizes, input, hx, cx),
-            *flatten(weights),
+            *(save, batch_sizes, resets, *primals, *flatten(weights)),
         )
     elif compiling:
         output, h_n, c_n, _, _ = library.layer_forward(
-            input, hx, cx, *weights, batch_sizes, cell, save, kernels, allow_tf32
+            *primals, *weights, batch_sizes, resets, cell, save, kernels, allow_tf32
         )
     else:
         output, h_n, c_n, _, _ = library.run(
             library.layer_forward,
-            *(input, hx, cx, *weights, batch_sizes, cell, False, kernels, allow_tf32),
+            *(*primals, *weights, batch_sizes, resets, cell, False, kernels, allow_tf32),
         )
     return output, h_n, None if cx is None else c_n
 
 
-def _requires_grad(input: Tensor, hx: Tensor, cx: Tensor | None, weights: LayerWeights) -> bool:
-    return (
-        input.requires_grad
-        or hx.requires_grad
-        or (cx is not None and cx.requires_grad)
-        or any(w.requires_grad for field in weights for w in field)
+def _requires_grad(primals: tuple[Tensor | None, ...], weights: LayerWeights) -> bool:
+    return any(x is not None and x.requires_grad for x in primals) or any(
+        w.requires_grad for field in weights for w in field
     )
 
 
 def _autocast(
-    input: Tensor, hx: Tensor, cx: Tensor | None, weights: LayerWeights
-) -> tuple[Tensor, Tensor, Tensor | None, LayerWeights]:
-    dtype = torch.get_autocast_dtype(input.device.type)
+    device: str, primals: tuple[Tensor | None, ...], weights: LayerWeights
+) -> tuple[Any, ...]:
+    dtype = torch.get_autocast_dtype(device)
 
-    def cast(x: Tensor) -> Tensor:
-        return x if x.dtype == torch.float64 else x.to(dtype)
+    def cast(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.dtype == torch.float64 else x.to(dtype)
 
     fields = (tuple(cast(w) for w in field) for field in weights)
-    return cast(input), cast(hx), None if cx is None else cast(cx), LayerWeights(*fields)
+    return *map(cast, primals), LayerWeights(*fields)  # type: ignore[arg-type]
 
 
 def _torch_layer(

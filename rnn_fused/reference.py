@@ -104,6 +104,9 @@ def layer(
     *,
     cell: str,
     batch_sizes: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_hx: Tensor | None = None,
+    reset_cx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Runs one layer, in one direction or both, over all steps.
 
@@ -115,12 +118,25 @@ def layer(
         cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
         batch_sizes: int64 [T], non-increasing, as in `torch.nn.utils.rnn.PackedSequence`. Each
             sequence then ends at its own length: the reverse direction starts there.
+        resets: bool [T, B], or packed [N]. True at (t, b) parts sequence b between timesteps
+            t - 1 and t into two that know nothing of each other, as if they were separate: the
+            forward direction comes to t, and the reverse one to t - 1, with the reset state. True
+            at t = 0 replaces the forward direction's initial state.
+        reset_hx, reset_cx: the reset state, of the shapes of hx and cx; zero if absent.
 
     Returns:
         output [T, B, D*P] (packed: [N, D*P]), h_n [D, B, P], and c_n [D, B, H] or None.
     """
     states = (hx,) if cx is None else (hx, cx)
+    if reset_hx is None:
+        reset_states = tuple(torch.zeros_like(state) for state in states)
+    else:
+        reset_states = (reset_hx,) if reset_cx is None else (reset_hx, reset_cx)
     sizes = None if batch_sizes is None else batch_sizes.tolist()
+
+    def steps(rows: Tensor) -> Sequence[Tensor]:
+        return rows.unbind(0) if sizes is None else rows.split(sizes)
+
     outputs, finals = [], []
     for d, weight_ih in enumerate(weights.weight_ih):
         x = F.linear(input, weight_ih, weights.bias_ih[d] if weights.bias_ih else None)
@@ -128,9 +144,11 @@ def layer(
         projection = {"weight_hr": weights.weight_hr[d]} if weights.weight_hr else {}
         output, final = _scan(
             partial(STEPS[cell], **projection),
-            x.unbind(0) if sizes is None else x.split(sizes),
+            steps(x),
             tuple(state[d] for state in states),
             recurrent,
+            None if resets is None else steps(resets),
+            tuple(state[d] for state in reset_states),
             reverse=d == 1,
         )
         outputs.append(torch.stack(output) if sizes is None else torch.cat(output))
@@ -144,6 +162,8 @@ def _scan(
     xs: Sequence[Tensor],
     state: tuple[Tensor, ...],
     weights: Sequence[Tensor],
+    resets: Sequence[Tensor] | None,
+    reset_state: tuple[Tensor, ...],
     reverse: bool,
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """Returns h after each step, in order of time, and the final state.
@@ -152,10 +172,21 @@ def _scan(
     the state wait: finished (forward), or not begun yet (reverse).
     """
     output = []
-    for x in reversed(xs) if reverse else xs:
-        rows = x.shape[0]
-        new = step(x, *(s[:rows] for s in state), *weights)
+    for t in reversed(range(len(xs))) if reverse else range(len(xs)):
+        rows = xs[t].shape[0]
+        border = t + 1 if reverse else t
+        if resets is not None and border < len(xs):
+            state = _reset(state, resets[border], reset_state)
+        new = step(xs[t], *(s[:rows] for s in state), *weights)
         output.append(new[0])
         waiting = (s[rows:] for s in state)
         state = tuple(torch.cat(pair) for pair in zip(new, waiting, strict=True))
     return output[::-1] if reverse else output, state
+
+
+def _reset(
+    state: tuple[Tensor, ...], where: Tensor, reset_state: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """where: [rows], the first of the state's; the others stay."""
+    where = torch.cat((where, where.new_zeros(state[0].shape[0] - where.shape[0]))).unsqueeze(-1)
+    return tuple(torch.where(where, r, s) for r, s in zip(reset_state, state, strict=True))

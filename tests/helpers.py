@@ -40,20 +40,32 @@ class Problem:
     weights: LayerWeights
     cell: str
     batch_sizes: Tensor | None
+    resets: Tensor | None = None
+    reset_hx: Tensor | None = None
+    reset_cx: Tensor | None = None
+
+    @property
+    def states(self) -> tuple[Tensor | None, ...]:
+        return self.hx, self.cx, self.reset_hx, self.reset_cx
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All that can be differentiated."""
-        states = (self.hx,) if self.cx is None else (self.hx, self.cx)
+        states = (state for state in self.states if state is not None)
         return self.input, *states, *(w for field in self.weights for w in field)
+
+    @property
+    def op_arguments(self) -> tuple[Any, ...]:
+        """Of the op itself, up to the cell."""
+        weights = map(list, self.weights)
+        return self.input, *self.states, *weights, self.batch_sizes, self.resets, self.cell
 
     def with_tensors(self, tensors: Iterable[Tensor]) -> Problem:
         rest = iter(tensors)
+        names = ("input", "hx", "cx", "reset_hx", "reset_cx")
         return replace(
             self,
-            input=next(rest),
-            hx=next(rest),
-            cx=None if self.cx is None else next(rest),
+            **{name: next(rest) for name in names if getattr(self, name) is not None},
             weights=LayerWeights(*(tuple(next(rest) for _ in field) for field in self.weights)),
         )
 
@@ -61,7 +73,10 @@ class Problem:
         return self.with_tensors(map(function, self.tensors))
 
     def to(self, *args: Any) -> Problem:
-        return self.map(lambda x: x.detach().to(*args).requires_grad_(x.requires_grad))
+        moved = self.map(lambda x: x.detach().to(*args).requires_grad_(x.requires_grad))
+        if self.resets is None:
+            return moved
+        return replace(moved, resets=self.resets.to(moved.hx.device))
 
     def run(self, layer: Layer) -> tuple[Tensor, ...]:
         """The layer's outputs, without c_n where there is none."""
@@ -69,6 +84,9 @@ class Problem:
             *(self.input, self.hx, self.cx, self.weights),
             cell=self.cell,
             batch_sizes=self.batch_sizes,
+            resets=self.resets,
+            reset_hx=self.reset_hx,
+            reset_cx=self.reset_cx,
         )
         return tuple(o for o in outputs if o is not None)
 
@@ -92,11 +110,16 @@ def problem(
     bias: bool = True,
     projection: int = 0,
     lengths: Sequence[int] | None = None,
+    resets: float | None = None,
+    reset_state: bool = False,
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
     requires_grad: bool = True,
 ) -> Problem:
-    """A random layer and its input: [T, B, I], or packed where lengths (decreasing) are given."""
+    """A random layer and its input: [T, B, I], or packed where lengths (decreasing) are given.
+
+    resets: the probability of one; with reset_state to another state than zero.
+    """
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         x = scale * torch.randn(*shape, dtype=torch.float64)
@@ -127,6 +150,9 @@ def problem(
         weights=LayerWeights(**fields),
         cell=cell,
         batch_sizes=batch_sizes,
+        resets=None if resets is None else torch.rand(rows, device=device) < resets,
+        reset_hx=random(directions, B, P) if reset_state else None,
+        reset_cx=random(directions, B, H) if reset_state and cell == "lstm" else None,
     )
 
 
@@ -138,8 +164,11 @@ def torch_layer(
     *,
     cell: str,
     batch_sizes: Tensor | None = None,
+    resets: None = None,
+    reset_hx: None = None,
+    reset_cx: None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """torch.nn's module, as a function with the signature of ours."""
+    """torch.nn's module, as a function with the signature of ours. It has no resets."""
     name, *nonlinearity = cell.split("_")
     hidden = weights.weight_hh[0].shape[0] // GATES[cell]
     module = getattr(nn, name.upper())(

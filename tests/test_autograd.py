@@ -53,13 +53,11 @@ def test_the_ops_themselves(kind: str, lengths: tuple[int, ...] | None) -> None:
     """Direct calls, which compilers trace too, take their derivatives from the registration."""
     case = small(kind, lengths=lengths, bias=kind != "gru")
 
-    def layer(input: Tensor, hx: Tensor, cx: Tensor, weights: Any, **options: Any) -> Any:
-        batch_sizes, cell = options["batch_sizes"], options["cell"]
-        how = cell, True, "auto", False
-        outputs = library.layer_forward(input, hx, cx, *weights, batch_sizes, *how)
-        return outputs[: 2 if cx is None else 3]
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        arguments = case.with_tensors(tensors).op_arguments
+        outputs = library.layer_forward(*arguments, True, "auto", False)
+        return outputs[: 2 if case.cx is None else 3]
 
-    function = case.function(layer)
     assert gradcheck(function, case.tensors, fast_mode=True)
     assert gradgradcheck(function, case.tensors, fast_mode=True)
 

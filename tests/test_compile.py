@@ -150,11 +150,6 @@ def test_make_fx() -> None:
         assert len(graph.find_nodes(op="call_function", target=op)) == 1
 
 
-def op_arguments(case: Problem) -> tuple[Any, ...]:
-    states = case.input, case.hx, case.cx
-    return *states, *map(list, case.weights), case.batch_sizes, case.cell
-
-
 @pytest.mark.parametrize(
     ("kind", "lengths"),
     [("lstm_proj", None), ("lstm", (3, 2)), ("gru", None), ("rnn_relu", (2, 2))],
@@ -165,7 +160,7 @@ def test_opcheck_of_the_forward(
 ) -> None:
     case = problem(**KINDS[kind], lengths=lengths, directions=2, dtype=dtype)
     tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype is torch.bfloat16 else {}
-    arguments = *op_arguments(case), True, "auto", False
+    arguments = *case.op_arguments, True, "auto", False
     torch.library.opcheck(library.layer_forward, arguments, **tolerance)
 
 
@@ -186,8 +181,8 @@ def test_opcheck_of_the_backward(
     options = {"lengths": lengths, "requires_grad": second}
     case = problem(**KINDS[kind], **options, directions=2, dtype=torch.float32)
     with torch.no_grad():
-        output, h_n, c_n, *saved = library.layer_forward(*op_arguments(case), True, "auto", False)
+        output, h_n, c_n, *saved = library.layer_forward(*case.op_arguments, True, "auto", False)
     likes = [output, h_n, c_n if case.cell == "lstm" else None]
     grads = [None if o is None else torch.randn_like(o, requires_grad=second) for o in likes]
-    arguments = *grads, *op_arguments(case), output, *saved, *needs, "auto", False
+    arguments = *grads, *case.op_arguments, output, *saved, *needs, "auto", False
     torch.library.opcheck(library.layer_backward, arguments)

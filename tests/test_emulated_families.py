@@ -18,7 +18,7 @@ def _emulated(request: pytest.FixtureRequest) -> None:
 
 
 def arguments(cell: str, dtype: torch.dtype, H: int = 24, P: int | None = None) -> list[Any]:
-    """Of layer_forward, up to the cell: T=5, B=3, I=4, two directions, ragged."""
+    """Of layer_forward, up to the cell: T=5, B=3, I=4, two directions, ragged, with resets."""
     G, D, B = GATES[cell], 2, 3
     batch_sizes = torch.tensor([3, 3, 2, 1, 1])
 
@@ -30,7 +30,9 @@ def arguments(cell: str, dtype: torch.dtype, H: int = 24, P: int | None = None) 
     ]
     projection = [draw(P, H) for _ in range(D)] if P else []
     cx = draw(D, B, H) if cell == "lstm" else None
-    return [draw(10, 4), draw(D, B, P or H), cx, *lists, projection, batch_sizes, cell]
+    hx, reset_hx = draw(D, B, P or H), draw(D, B, P or H)
+    states = hx, cx, reset_hx, None if cx is None else draw(D, B, H)
+    return [draw(10, 4), *states, *lists, projection, batch_sizes, torch.rand(10) < 0.3, cell]
 
 
 def run(args: list[Any], kernels: str, allow_tf32: bool = False) -> list[torch.Tensor]:

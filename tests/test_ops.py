@@ -153,10 +153,7 @@ def test_equal_lengths_make_a_dense_batch(
 
 def call_op(case: Problem, save: bool) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        states = case.input, case.hx, case.cx
-        weights = [list(field) for field in case.weights]
-        how = case.cell, save, "auto", False
-        return library.layer_forward(*states, *weights, case.batch_sizes, *how)
+        return library.layer_forward(*case.op_arguments, save, "auto", False)
 
 
 @each_kind

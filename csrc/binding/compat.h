@@ -90,6 +90,12 @@ inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes,
   return Tensor(tensor);
 }
 
+inline Tensor allocate_zeros(const Tensor& like, const std::vector<int64_t>& sizes,
+                             std::optional<ScalarType> dtype = std::nullopt) {
+  Tensor tensor = allocate(like, sizes, dtype);
+  return torch::stable::zero_(tensor);
+}
+
 // Part of a tensor's storage, `offset` elements from its first.
 inline Tensor vector(const Tensor& t, int64_t size, int64_t offset) {
   const int64_t stride = 1;

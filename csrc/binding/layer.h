@@ -41,13 +41,15 @@ struct Layer {
   int64_t N, I;
   Tensor input, hx;
   OptionalTensor cx, batch_sizes;
+  OptionalTensor resets, reset_hx, reset_cx;  // with resets: the states too, zero where not given
   Tensors weight_ih, weight_hh, bias_ih, bias_hh, weight_hr;
   std::vector<int64_t> row_start;
 
   Layer(const Tensor& input_, const Tensor& hx_, const OptionalTensor& cx_,
-        const Tensors& weight_ih_, const Tensors& weight_hh_, const Tensors& bias_ih_,
-        const Tensors& bias_hh_, const Tensors& weight_hr_, const OptionalTensor& batch_sizes_,
-        const std::string& cell)
+        const OptionalTensor& reset_hx_, const OptionalTensor& reset_cx_, const Tensors& weight_ih_,
+        const Tensors& weight_hh_, const Tensors& bias_ih_, const Tensors& bias_hh_,
+        const Tensors& weight_hr_, const OptionalTensor& batch_sizes_,
+        const OptionalTensor& resets_, const std::string& cell)
       : name(cell) {
     shape.cell = parse_cell(cell);
     shape.dtype = parse_dtype(cell, input_.scalar_type());
@@ -94,6 +96,7 @@ struct Layer {
     bias_ih = list(bias_ih_, "bias_ih", {G * shape.H}, "[G*H]", true);
     bias_hh = list(bias_hh_, "bias_hh", {G * shape.H}, "[G*H]", true);
     weight_hr = list(weight_hr_, "weight_hr", {shape.P, shape.H}, "[P, H]", true);
+    read_resets(resets_, reset_hx_, reset_cx_);
   }
 
   int64_t D() const { return shape.directions; }
@@ -122,8 +125,14 @@ struct Layer {
       const auto* bytes = static_cast<const char*>(t.const_data_ptr());
       return bytes + d * shape.B * size * t.element_size();
     };
-    return {at(weight_hh), at(weight_hr),      at(bias_ih),
-            at(bias_hh),   slice(hx, shape.P), cx ? slice(*cx, shape.H) : nullptr};
+    return {at(weight_hh),
+            at(weight_hr),
+            at(bias_ih),
+            at(bias_hh),
+            slice(hx, shape.P),
+            cx ? slice(*cx, shape.H) : nullptr,
+            reset_hx ? slice(*reset_hx, shape.P) : nullptr,
+            reset_cx ? slice(*reset_cx, shape.H) : nullptr};
   }
 
   Tensor checked(const Tensor& t, const char* what, torch::headeronly::IntHeaderOnlyArrayRef sizes,
@@ -148,6 +157,32 @@ struct Layer {
   }
 
  private:
+  void read_resets(const OptionalTensor& flags, const OptionalTensor& h, const OptionalTensor& c) {
+    RNN_FUSED_CHECK(flags || (!h && !c), "[", name,
+                    "] reset_hx and reset_cx need resets, got none");
+    if (!flags) return;
+    const std::vector<int64_t> rows = ragged() ? std::vector{N} : std::vector{shape.T, shape.B};
+    const bool same = flags->dim() == static_cast<int64_t>(rows.size()) &&
+                      flags->size(0) == rows[0] && flags->size(flags->dim() - 1) == rows.back();
+    RNN_FUSED_CHECK(same && flags->scalar_type() == ScalarType::Bool && same_device(*flags), "[",
+                    name, "] resets must be bool, on the device of input and of shape ",
+                    ragged() ? "[N] = " : "[T, B] = ", shape_string(rows), ", got ",
+                    torch::headeronly::toString(flags->scalar_type()), " of shape ",
+                    shape_string(flags->sizes()));
+    resets = as_contiguous(*flags);
+    shape.resets = static_cast<const bool*>(resets->const_data_ptr());
+    const auto state = [&](const OptionalTensor& t, const char* what, int64_t size,
+                           const char* dims) {
+      const std::vector<int64_t> sizes = {D(), shape.B, size};
+      if (t) return checked(*t, what, sizes, dims);
+      return allocate_zeros(input, sizes);
+    };
+    RNN_FUSED_CHECK(c.has_value() == (h.has_value() && lstm()), "[", name, "] reset_cx must be ",
+                    h && lstm() ? "given with reset_hx" : "absent");
+    reset_hx = state(h, "reset_hx", shape.P, "[D, B, P]");
+    if (lstm()) reset_cx = state(c, "reset_cx", shape.H, "[D, B, H]");
+  }
+
   void read_rows(const Tensor& x, const OptionalTensor& sizes) {
     if (!sizes) {
       RNN_FUSED_CHECK(x.dim() == 3, "[", name, "] input must have 3 dimensions [T, B, I], got ",

@@ -27,12 +27,13 @@ bool by_library(const Layer& layer, int64_t rows, int64_t columns) {
          static_cast<double>(layer.N) * rows * columns >= kLargeProduct && has_amx_bf16();
 }
 
-ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, Tensors weight_ih,
-                             Tensors weight_hh, Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
-                             OptionalTensor batch_sizes, std::string cell, bool save, std::string,
-                             bool) {
-  const Layer layer(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes,
-                    cell);
+ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, OptionalTensor reset_hx,
+                             OptionalTensor reset_cx, Tensors weight_ih, Tensors weight_hh,
+                             Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
+                             OptionalTensor batch_sizes, OptionalTensor resets, std::string cell,
+                             bool save, std::string, bool) {
+  const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
+                    weight_hr, batch_sizes, resets, cell);
   const bool input_by_library = by_library(layer, layer.G() * layer.shape.H, layer.I);
   const ForwardPass pass(layer, save, input_by_library);
   if (layer.shape.B > 0) {
@@ -57,13 +58,15 @@ Rows previous_h(const Layer& layer, const Tensor& output, int d) {
   const int64_t bytes = s.P * output.element_size();
   const char* initial = static_cast<const char*>(layer.hx.const_data_ptr()) + d * s.B * bytes;
   const char* outputs = static_cast<const char*>(output.const_data_ptr()) + d * bytes;
+  const char* reset = static_cast<const char*>(layer.direction(d).reset_h);
   Rows pointers(layer.N);
   for (int64_t t = 0; t < s.T; ++t) {
     const int64_t before = d == 0 ? t - 1 : t + 1;
     const int64_t known = before < 0 || before >= s.T ? 0 : std::min(s.active(t), s.active(before));
     for (int64_t b = 0; b < s.active(t); ++b)
-      pointers[s.row(t) + b] =
-          b < known ? outputs + (s.row(before) + b) * layer.D() * bytes : initial + b * bytes;
+      pointers[s.row(t) + b] = s.enters_reset(d, t, b) ? reset + b * bytes
+                               : b < known ? outputs + (s.row(before) + b) * layer.D() * bytes
+                                           : initial + b * bytes;
   }
   return pointers;
 }
@@ -163,21 +166,21 @@ void input_gradient(const Layer& layer, const Tensor& grad_gates, const Tensor& 
 
 BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h_n,
                                OptionalTensor grad_c_n, Tensor input, Tensor hx, OptionalTensor cx,
-                               Tensors weight_ih, Tensors weight_hh, Tensors bias_ih,
-                               Tensors bias_hh, Tensors weight_hr, OptionalTensor batch_sizes,
+                               OptionalTensor reset_hx, OptionalTensor reset_cx, Tensors weight_ih,
+                               Tensors weight_hh, Tensors bias_ih, Tensors bias_hh,
+                               Tensors weight_hr, OptionalTensor batch_sizes, OptionalTensor resets,
                                std::string cell, Tensor output, Tensor gates, Tensor cells,
                                bool need_input, bool need_state, bool need_weights, std::string,
                                bool) {
-  const Layer layer(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes,
-                    cell);
+  const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
+                    weight_hr, batch_sizes, resets, cell);
   const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, output, gates, cells);
   if (layer.shape.B > 0) cpu_backward(selected_isa(), pass.params, torch_threads());
 
   Tensor grad_input = layer.allocate_if(need_input, layer.rows_shape(layer.I));
   if (need_input && layer.N > 0) input_gradient(layer, pass.grad_gates, grad_input);
-  return {grad_input, need_state ? pass.grad_hx : layer.allocate_if(false, {}),
-          need_state ? pass.grad_cx : layer.allocate_if(false, {}),
-          need_weights ? weight_gradients(layer, pass).all() : Tensors()};
+  return pass.results(layer, grad_input, need_state, reset_hx.has_value(),
+                      need_weights ? weight_gradients(layer, pass).all() : Tensors());
 }
 
 }  // namespace

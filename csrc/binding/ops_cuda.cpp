@@ -139,12 +139,13 @@ void run_backward(const Layer& layer, const CudaPlan& plan, Precision precision,
   }
 }
 
-ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, Tensors weight_ih,
-                             Tensors weight_hh, Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
-                             OptionalTensor batch_sizes, std::string cell, bool save,
-                             std::string kernels, bool allow_tf32) {
-  const Layer layer(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes,
-                    cell);
+ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, OptionalTensor reset_hx,
+                             OptionalTensor reset_cx, Tensors weight_ih, Tensors weight_hh,
+                             Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
+                             OptionalTensor batch_sizes, OptionalTensor resets, std::string cell,
+                             bool save, std::string kernels, bool allow_tf32) {
+  const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
+                    weight_hr, batch_sizes, resets, cell);
   const OnDevice device(layer.input);
   const Precision precision = allow_tf32 ? Precision::tf32 : Precision::exact;
   const CudaPlan plan = choose(layer, kernels, precision, false);
@@ -210,13 +211,14 @@ WeightGradients weight_gradients(const Layer& layer, const BackwardPass& pass,
 
 BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h_n,
                                OptionalTensor grad_c_n, Tensor input, Tensor hx, OptionalTensor cx,
-                               Tensors weight_ih, Tensors weight_hh, Tensors bias_ih,
-                               Tensors bias_hh, Tensors weight_hr, OptionalTensor batch_sizes,
+                               OptionalTensor reset_hx, OptionalTensor reset_cx, Tensors weight_ih,
+                               Tensors weight_hh, Tensors bias_ih, Tensors bias_hh,
+                               Tensors weight_hr, OptionalTensor batch_sizes, OptionalTensor resets,
                                std::string cell, Tensor output, Tensor gates, Tensor cells,
                                bool need_input, bool need_state, bool need_weights,
                                std::string kernels, bool allow_tf32) {
-  const Layer layer(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes,
-                    cell);
+  const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
+                    weight_hr, batch_sizes, resets, cell);
   const OnDevice device(layer.input);
   const Precision precision = allow_tf32 ? Precision::tf32 : Precision::exact;
   const CudaPlan plan = choose(layer, kernels, precision, true);
@@ -224,9 +226,9 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
   if (layer.shape.B > 0) run_backward(layer, plan, precision, pass.params, device.stream);
   Tensor grad_input = layer.allocate_if(need_input, layer.rows_shape(layer.I));
   if (need_input && layer.N > 0) input_gradient(layer, pass.grad_gates, grad_input);
-  return {grad_input, need_state ? pass.grad_hx : layer.allocate_if(false, {}),
-          need_state ? pass.grad_cx : layer.allocate_if(false, {}),
-          need_weights ? weight_gradients(layer, pass, device.stream).all() : Tensors()};
+  return pass.results(
+      layer, grad_input, need_state, reset_hx.has_value(),
+      need_weights ? weight_gradients(layer, pass, device.stream).all() : Tensors());
 }
 
 #ifndef RNN_FUSED_EMULATION

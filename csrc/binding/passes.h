@@ -64,12 +64,13 @@ struct ForwardPass {
   const Layer& layer_;
 };
 
-using BackwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensors>;
+using BackwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors>;
 
 struct BackwardPass {
   Tensor output, gates, cells;  // of the forward pass
   OptionalTensor grad_output, grad_h_n, grad_c_n;
   Tensor grad_gates, grad_projected, hidden, grad_hx, grad_cx;
+  OptionalTensor grad_reset_hx, grad_reset_cx;  // in the accumulation type
   BackwardParams params;
 
   BackwardPass(const Layer& layer, const OptionalTensor& grad_output_,
@@ -101,6 +102,9 @@ struct BackwardPass {
     hidden = layer.allocate_if(s.projected(), {D, N, H});
     grad_hx = allocate(layer.input, {D, s.B, s.P});
     grad_cx = layer.allocate_if(layer.lstm(), {D, s.B, H});
+    const ScalarType sums = layer.cell_dtype();
+    if (layer.resets) grad_reset_hx = allocate_zeros(layer.input, {D, s.B, s.P}, sums);
+    if (layer.reset_cx) grad_reset_cx = allocate_zeros(layer.input, {D, s.B, H}, sums);
     params = {s, {}, D * s.P};
     for (int d = 0; d < s.directions; ++d) {
       const OptionalTensor saved_gates = layer.rnn() ? OptionalTensor() : gates;
@@ -116,8 +120,29 @@ struct BackwardPass {
                              s.projected() ? at(grad_projected, d * N * s.P) : nullptr,
                              s.projected() ? at(hidden, d * N * H) : nullptr,
                              at(grad_hx, d * s.B * s.P),
-                             layer.lstm() ? at(grad_cx, d * s.B * H) : nullptr};
+                             layer.lstm() ? at(grad_cx, d * s.B * H) : nullptr,
+                             grad_reset_hx ? at(*grad_reset_hx, d * s.B * s.P) : nullptr,
+                             grad_reset_cx ? at(*grad_reset_cx, d * s.B * H) : nullptr};
     }
+  }
+
+  // The operator's results, of which the caller wants some; reset_state: it gave the reset state.
+  // No two of them share memory.
+  BackwardTensors results(const Layer& layer, const Tensor& grad_input, bool need_state,
+                          bool reset_state, const Tensors& grad_weights) const {
+    const auto given = [&](bool needed, const Tensor& grad) {
+      return needed ? grad : layer.allocate_if(false, {});
+    };
+    const auto rounded = [&](const OptionalTensor& sums) {
+      return sums && need_state && reset_state ? torch::stable::to(*sums, layer.dtype())
+                                               : layer.allocate_if(false, {});
+    };
+    return {grad_input,
+            given(need_state, grad_hx),
+            given(need_state, grad_cx),
+            rounded(grad_reset_hx),
+            rounded(grad_reset_cx),
+            grad_weights};
   }
 };
 

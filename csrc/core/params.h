@@ -37,11 +37,27 @@ struct LayerShape {
   int directions;
   const int64_t* batch_sizes;  // [T] non-increasing, or null: B at every timestep
   const int64_t* row_start;    // [T], or null: t * B
+  // [N] or null: whether the row's sequence has its state reset between the timestep before and the
+  // row's own; at its first, whether the forward direction begins with the reset state.
+  const bool* resets = nullptr;
 
   // Sequences that reach timestep t, and the row of the first.
   RNN_FUSED_HD int64_t active(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
   RNN_FUSED_HD int64_t row(int64_t t) const { return row_start ? row_start[t] : t * B; }
   RNN_FUSED_HD bool projected() const { return P != H; }
+
+  // Whether sequence b has a reset between timesteps t - 1 and t.
+  RNN_FUSED_HD bool resets_at(int64_t t, int64_t b) const {
+    return resets && t < T && b < active(t) && resets[row(t) + b];
+  }
+  // Whether direction d comes to timestep t with the reset state, and leaves it so. The forward
+  // direction crosses the border of timestep t before it, the reverse one after it.
+  RNN_FUSED_HD bool enters_reset(int d, int64_t t, int64_t b) const {
+    return resets_at(d == 0 ? t : t + 1, b);
+  }
+  RNN_FUSED_HD bool leaves_reset(int d, int64_t t, int64_t b) const {
+    return d == 0 ? resets_at(t + 1, b) : t > 0 && resets_at(t, b);
+  }
 };
 
 // Weights of one direction. "any" pointers have the layer's dtype.
@@ -52,6 +68,9 @@ struct DirectionWeights {
   const void* bias_hh;    // [G*H] or null
   const void* h0;         // [B, P]
   const void* c0;         // [B, H]; LSTM only, else null
+  // The state after a reset; null without resets.
+  const void* reset_h = nullptr;  // [B, P]
+  const void* reset_c = nullptr;  // [B, H]; LSTM only
 };
 
 struct ForwardDirection : DirectionWeights {
@@ -90,6 +109,9 @@ struct BackwardDirection : DirectionWeights {
   void* hidden;          // [N, H] o * tanh(c), recomputed
   void* grad_h0;         // [B, P]
   void* grad_c0;         // [B, H]; LSTM only
+  // In the accumulation type, and added to; null without resets.
+  void* grad_reset_h = nullptr;  // [B, P]
+  void* grad_reset_c = nullptr;  // [B, H]; LSTM only
 };
 
 struct BackwardParams : LayerShape {

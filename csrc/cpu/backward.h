@@ -69,6 +69,11 @@ class Backward {
     const typename Recurrent::From from = kGru ? typename Recurrent::From{dh.first, Pp_, kPanel}
                                                : typename Recurrent::From{kZeros<A>, 0, 0};
     dir.weights.multiply(operand, Kp_, rows.begin, rows.end, panels.begin, panels.end, from, dh);
+    if (!p_.resets) return;
+    for (int64_t b = rows.begin; b < rows.end; ++b)
+      if (p_.enters_reset(d, t, b))
+        for (int64_t j = columns.begin; j < columns.end; j += kWidth)
+          end_at_reset(dir.grad_reset_h, b * p_.P + j, dir.dh + b * Pp_ + j, p_.P - j);
   }
 
  private:
@@ -89,6 +94,14 @@ class Backward {
         dir.dhidden = Buffer<A>::zeros(p_.B * Hp_);
       }
     }
+  }
+
+  // Hands a register of what reaches the state before a step over to the reset state.
+  static void end_at_reset(void* sums, int64_t i, A* gradient, int64_t columns_left) {
+    const int n = lanes_left<A>(columns_left);
+    A* sum = static_cast<A*>(sums) + i;
+    store(sum, load(sum, n) + load(gradient), n);
+    store(gradient, V{});
   }
 
   // dh of one register of columns: what the caller passes for this row and what later steps left.
@@ -119,9 +132,12 @@ class Backward {
     Direction& dir = dir_[d];
     const int64_t H = p_.H, row = p_.row(t) + b;
     const int64_t end = p_.projected() ? H : columns.end;
-    // Where this row's state came from: the step before it, or the initial state.
+    // Where this row's state came from: the step before it, a reset, or the initial state.
     const int64_t before = d == 0 ? t - 1 : t + 1;
-    const bool first = before < 0 || before >= p_.T || p_.active(before) <= b;
+    const bool reset = p_.enters_reset(d, t, b);
+    const bool first = reset || before < 0 || before >= p_.T || p_.active(before) <= b;
+    const T* const h_first = static_cast<const T*>(reset ? dir.reset_h : dir.h0);
+    const T* const c_first = static_cast<const T*>(reset ? dir.reset_c : dir.c0);
     const int64_t row_before = first ? 0 : p_.row(before) + b;
     const T* gates = static_cast<const T*>(dir.gates) + row * saved_count(kCell) * H;
     T* grads = static_cast<T*>(dir.grad_gates) + row * saved_count(kCell) * H;
@@ -137,8 +153,7 @@ class Backward {
         const A* cells = static_cast<const A*>(dir.cells);
         const LstmGates<V> a = {load(gates + j, n), load(gates + H + j, n),
                                 load(gates + 2 * H + j, n), load(gates + 3 * H + j, n)};
-        const V c_prev = first ? load(static_cast<const T*>(dir.c0) + b * H + j, n)
-                               : load(cells + row_before * H + j, n);
+        const V c_prev = first ? load(c_first + b * H + j, n) : load(cells + row_before * H + j, n);
         const V dh = p_.projected() ? load(dir.dhidden + b * Hp_ + j) : total_dh(dir, row, b, j);
         A* dc = dir.dc + b * Hp_ + j;
         const LstmGrads<V> g =
@@ -148,6 +163,7 @@ class Backward {
         put(2, g.gates.g, 2);
         put(3, g.gates.o, 3);
         store(dc, g.c_prev);
+        if (reset) end_at_reset(dir.grad_reset_c, b * H + j, dc, H - j);
         if (p_.projected()) store(static_cast<T*>(dir.hidden) + row * H + j, g.hidden, n);
       } else {
         const T* output = static_cast<const T*>(dir.output);
@@ -155,7 +171,7 @@ class Backward {
         if constexpr (kGru) {
           const GruGates<V> a = {load(gates + j, n), load(gates + H + j, n),
                                  load(gates + 2 * H + j, n), load(gates + 3 * H + j, n)};
-          const V h_prev = first ? load(static_cast<const T*>(dir.h0) + b * H + j, n)
+          const V h_prev = first ? load(h_first + b * H + j, n)
                                  : load(output + row_before * p_.output_stride + j, n);
           const GruGrads<V> g = gru_backward(a, h_prev, dh);
           put(0, g.gates.r, 0);

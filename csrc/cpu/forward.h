@@ -69,22 +69,29 @@ class Forward {
                          [&](int64_t b, int height, int64_t panel) {
                            const A* slot = slots + panel * panel_stride + b * Input::kSlot;
                            for (int r = 0; r < height; ++r, ++b, slot += Input::kSlot)
-                             activate(dir, first + b, b, panel * Gate::kColumns, slot, h, h_next);
+                             activate(dir, {first + b, b, p_.leaves_reset(d, t, b)},
+                                      panel * Gate::kColumns, slot, h, h_next);
                          });
     if constexpr (kLstm)
       if (p_.projected())
-        dir.projection.multiply(
-            dir.hidden.get(), Hp_, rows.begin, rows.end, 0, dir.projection.panel_count(),
-            {kZeros<A>, 0, 0}, {dir.projected.get(), Pp_, 4 * kWidth},
-            [&](int64_t b, int height, int64_t panel) {
-              const int64_t column = panel * 4 * kWidth;
-              for (int r = 0; r < height; ++r, ++b)
-                emit_panel(dir, first + b, b, column, dir.projected + b * Pp_ + column, h_next);
-            });
+        dir.projection.multiply(dir.hidden.get(), Hp_, rows.begin, rows.end, 0,
+                                dir.projection.panel_count(), {kZeros<A>, 0, 0},
+                                {dir.projected.get(), Pp_, 4 * kWidth},
+                                [&](int64_t b, int height, int64_t panel) {
+                                  const int64_t column = panel * 4 * kWidth;
+                                  for (int r = 0; r < height; ++r, ++b)
+                                    emit_panel(dir, {first + b, b, p_.leaves_reset(d, t, b)},
+                                               column, dir.projected + b * Pp_ + column, h_next);
+                                });
     sync();
   }
 
  private:
+  struct Row {
+    int64_t row, b;
+    bool reset;  // the sequence's next step begins with the reset state
+  };
+
   void prepare(int d) {
     Direction& dir = dir_[d];
     static_cast<ForwardDirection&>(dir) = p_.direction[d];
@@ -104,12 +111,21 @@ class Forward {
         dir.projected = Buffer<A>(p_.B * Pp_);
       }
     }
+    for (int64_t b = 0; d == 0 && p_.resets && b < p_.B; ++b) {
+      if (!p_.resets_at(0, b)) continue;
+      copy_matrix<T>(static_cast<const T*>(dir.reset_h) + b * p_.P, 1, p_.P, dir.h[0] + b * Pp_,
+                     Pp_);
+      if constexpr (kLstm)
+        copy_matrix<T>(static_cast<const T*>(dir.reset_c) + b * p_.H, 1, p_.H, dir.c + b * Hp_,
+                       Hp_);
+    }
   }
 
   // The gates of one row, for the units of one panel from `unit` on; the slot holds the
   // pre-activations.
-  void activate(Direction& dir, int64_t row, int64_t b, int64_t unit, const A* slot,
-                const Operand<T>* h, Operand<T>* h_next) const {
+  void activate(Direction& dir, const Row& at, int64_t unit, const A* slot, const Operand<T>* h,
+                Operand<T>* h_next) const {
+    const auto [row, b, reset] = at;
     const int n = lanes_left<T>(p_.H - unit);
     const auto save = [&](int gate, V value) {
       store(static_cast<T*>(dir.gates) + row * p_.gates_stride + gate * p_.H + unit, value, n);
@@ -119,7 +135,7 @@ class Forward {
                         load(slot + 3 * kWidth)};
       A* c = dir.c + b * Hp_ + unit;
       const LstmState<V> state = lstm_forward<Math<A>>(a, load(c));
-      store(c, state.c);
+      store(c, reset ? load(static_cast<const T*>(dir.reset_c) + b * p_.H + unit, n) : state.c);
       if (p_.save) {
         save(0, a.i);
         save(1, a.f);
@@ -130,7 +146,7 @@ class Forward {
       if (p_.projected())
         store(dir.hidden + b * Hp_ + unit, state.h, n);
       else
-        emit(dir, row, b, unit, state.h, h_next);
+        emit(dir, at, unit, state.h, h_next);
     } else if constexpr (kGru) {
       GruGates<V> a = {load(slot + kWidth), load(slot + 2 * kWidth), load(slot),
                        load(slot + 3 * kWidth)};
@@ -141,30 +157,32 @@ class Forward {
         save(2, a.n);
         save(3, a.hn);
       }
-      emit(dir, row, b, unit, new_h, h_next);
+      emit(dir, at, unit, new_h, h_next);
     } else {
       alignas(64) A activated[Gate::kPanelWidth];
       for (int64_t j = 0; j < Gate::kPanelWidth; j += kWidth) {
         const V a = load(slot + j);
         store(activated + j, kCell == Cell::rnn_tanh ? Math<A>::tanh(a) : Math<A>::relu(a));
       }
-      emit_panel(dir, row, b, unit, activated, h_next);
+      emit_panel(dir, at, unit, activated, h_next);
     }
   }
 
   // h of one register of units, rounded to T: the next step sees what the caller sees.
-  void emit(Direction& dir, int64_t row, int64_t b, int64_t column, V h, Operand<T>* h_next) const {
+  void emit(Direction& dir, const Row& at, int64_t column, V h, Operand<T>* h_next) const {
+    const auto [row, b, reset] = at;
     const int n = lanes_left<T>(p_.P - column);
     T* output = static_cast<T*>(dir.output) + row * p_.output_stride + column;
     store(output, h, n);
+    if (reset) h = load(static_cast<const T*>(dir.reset_h) + b * p_.P + column, n);
     // Where the operand is T itself, the store rounds.
     store(h_next + b * Pp_ + column, std::is_same_v<Operand<T>, T> ? h : round_to<T>(h), n);
   }
 
-  void emit_panel(Direction& dir, int64_t row, int64_t b, int64_t column, const A* h,
+  void emit_panel(Direction& dir, const Row& at, int64_t column, const A* h,
                   Operand<T>* h_next) const {
     for (int64_t j = 0; j < 4 * kWidth && column + j < p_.P; j += kWidth)
-      emit(dir, row, b, column + j, load(h + j), h_next);
+      emit(dir, at, column + j, load(h + j), h_next);
   }
 
   // The state of each sequence after its own last step.

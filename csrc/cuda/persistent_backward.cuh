@@ -41,6 +41,7 @@ class Backward {
   __device__ __forceinline__ Backward(const BackwardParams& p, int direction, int tile,
                                       float* shared)
       : p_(p),
+        direction_(direction),
         dir_(p.direction[direction]),
         tile_(tile),
         unit_(static_cast<int>(blockIdx.x) * kUnits + Owned::unit()),
@@ -61,24 +62,26 @@ class Backward {
     });
   }
 
-  __device__ __forceinline__ void run(int direction, gpu::GridBarrier barrier) {
-    const bool down = direction == 0;
+  __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
+    const bool down = direction_ == 0;
+    const int64_t step = down ? -1 : 1;  // from timestep to timestep
     Step now = step_at(p_, down, 0), next = step_at(p_, down, 1);
-    load_saved(now, next, 0);
-    for (int64_t s = 0; s < p_.T; ++s) {
+    int64_t t = down ? p_.T - 1 : 0;
+    load_saved(now, next, 0, t);
+    for (int64_t s = 0; s < p_.T; ++s, t += step) {
       for (int first = 0; first < now.active; first += tile_) {
-        if (first > 0) load_saved(now, next, first);
-        differentiate(now, first);
+        if (first > 0) load_saved(now, next, first, t);
+        differentiate(now, first, t);
       }
       const Step after = step_at(p_, down, s + 2);
       barrier.arrive();
-      load_saved(next, after, 0);
+      load_saved(next, after, 0, t + step);
       barrier.wait();
       for (int first = 0; first < now.active; first += tile_) {
         if (first > 0) __syncthreads();  // the sums of the pass before have been read
         multiply(now, first);
         __syncthreads();
-        add_product(now, first);
+        add_product(now, first, t);
       }
       now = next;
       next = after;
@@ -99,12 +102,13 @@ class Backward {
   }
 
   // `before`: the step that the forward pass made before `step`.
-  __device__ __forceinline__ void load_saved(Step step, Step before, int first) {
+  __device__ __forceinline__ void load_saved(Step step, Step before, int first, int64_t t) {
     Owned::for_sequences(owns() ? pass_size(step.active, first, tile_) : 0, [&](int i, int b) {
       const int sequence = first + b;
       const int64_t row = step.row + sequence;
       const int64_t row_before = before.row + sequence, initial = sequence * p_.H + unit_;
-      const bool begins = sequence >= before.active;
+      const bool reset = p_.enters_reset(direction_, t, sequence);
+      const bool begins = reset || sequence >= before.active;
       Saved& saved = saved_[i];
       saved.grad_output = value_or_zero<T>(dir_.grad_output, row * p_.output_stride + unit_);
       if constexpr (!kLstm && !kGru) {
@@ -117,10 +121,12 @@ class Backward {
         if constexpr (kLstm) {
           const float* const cells = static_cast<const float*>(dir_.cells);
           saved.c = cells[row * p_.H + unit_];
-          saved.before = begins ? static_cast<float>(static_cast<const T*>(dir_.c0)[initial])
+          const void* const c_first = reset ? dir_.reset_c : dir_.c0;
+          saved.before = begins ? static_cast<float>(static_cast<const T*>(c_first)[initial])
                                 : cells[row_before * p_.H + unit_];
         } else {
-          saved.before = begins ? static_cast<float>(static_cast<const T*>(dir_.h0)[initial])
+          const void* const h_first = reset ? dir_.reset_h : dir_.h0;
+          saved.before = begins ? static_cast<float>(static_cast<const T*>(h_first)[initial])
                                 : output(row_before);
         }
       }
@@ -129,7 +135,7 @@ class Backward {
 
   // From the gradient of h to those of the pre-activations. What reaches the h before without W_hh
   // stays in dh.
-  __device__ __forceinline__ void differentiate(Step now, int first) {
+  __device__ __forceinline__ void differentiate(Step now, int first, int64_t t) {
     Owned::for_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int i, int b) {
       const int sequence = first + b;
       const Saved& saved = saved_[i];
@@ -146,6 +152,7 @@ class Backward {
         put(2, g.gates.g);
         put(3, g.gates.o);
         dc = g.c_prev;
+        if (p_.enters_reset(direction_, t, sequence)) end_at_reset(dir_.grad_reset_c, sequence, dc);
         dh = 0;
       } else if constexpr (kGru) {
         const GruGates<float> a = {saved.gates[0], saved.gates[1], saved.gates[2], saved.gates[3]};
@@ -172,15 +179,25 @@ class Backward {
         sums_ + threadIdx.x / 32 * tile_ * kPitch);
   }
 
-  __device__ __forceinline__ void add_product(Step now, int first) {
+  __device__ __forceinline__ void add_product(Step now, int first, int64_t t) {
     Owned::for_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int, int b) {
       float sums[1] = {};
       add_sums(sums_, tile_, kPitch, b, Owned::unit(), sums);
-      dh_[(first + b) * kUnits + Owned::unit()] += sums[0];
+      float& dh = dh_[(first + b) * kUnits + Owned::unit()];
+      dh += sums[0];
+      if (p_.enters_reset(direction_, t, first + b)) end_at_reset(dir_.grad_reset_h, first + b, dh);
     });
   }
 
+  // Hands what reaches the state before a step over to the reset state. Of this unit and sequence
+  // no other thread adds.
+  __device__ __forceinline__ void end_at_reset(void* sums, int sequence, float& gradient) const {
+    static_cast<float*>(sums)[sequence * p_.H + unit_] += gradient;
+    gradient = 0;
+  }
+
   const BackwardParams& p_;
+  const int direction_;
   const BackwardDirection& dir_;
   const int tile_;
   const int unit_;     // the thread's own
@@ -199,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
   const int direction = first_direction + blockIdx.y;
   Backward<Policy, kCell, kBlocks, kAligned> block(p, direction, tile, shared);
-  block.run(direction, gpu::GridBarrier(counters + direction * kBarrierStride, gridDim.x));
+  block.run(gpu::GridBarrier(counters + direction * kBarrierStride, gridDim.x));
 }
 
 template <class Policy>

@@ -34,6 +34,7 @@ class Forward {
   // shared: [plan.shared_bytes]
   __device__ __forceinline__ Forward(const ForwardParams& p, int direction, int tile, float* shared)
       : p_(p),
+        direction_(direction),
         dir_(p.direction[direction]),
         tile_(tile),
         unit_(static_cast<int>(blockIdx.x) * kUnits + Owned::unit()),
@@ -57,20 +58,21 @@ class Forward {
       });
   }
 
-  __device__ __forceinline__ void run(int direction, gpu::GridBarrier barrier) {
-    const bool down = direction == 1;
+  __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
+    const bool down = direction_ == 1;
     Step before = {0, 0}, now = step_at(p_, down, 0);
     load_input(now, 0);
     for (int64_t s = 0; s < p_.T; ++s) {
+      const int64_t t = down ? p_.T - 1 - s : s;
       const Step next = step_at(p_, down, s + 1);
       for (int first = 0; first < now.active; first += tile_) {
         if (first > 0) {
           __syncthreads();  // the sums of the pass before have been read
           load_input(now, first);
         }
-        multiply(before, now, first);
+        multiply(before, now, first, t);
         __syncthreads();
-        activate(now, next, first);
+        activate(now, next, first, t);
       }
       if (s + 1 == p_.T) break;
       barrier.arrive();
@@ -113,23 +115,27 @@ class Forward {
   }
 
   // W_hh h of one pass. A sequence that was there in the step before has its h in the output; one
-  // that begins now has it in h0.
-  __device__ __forceinline__ void multiply(Step before, Step now, int first) {
+  // that begins now has it in h0, and one that was reset in reset_h.
+  __device__ __forceinline__ void multiply(Step before, Step now, int first, int64_t t) {
     product_.multiply(
         pass_size(now.active, first, tile_),
         [&](int b) {
           const int sequence = first + b;
+          if (p_.enters_reset(direction_, t, sequence))
+            return static_cast<const T*>(dir_.reset_h) + sequence * p_.H;
           return sequence < before.active ? output() + (before.row + sequence) * p_.output_stride
                                           : static_cast<const T*>(dir_.h0) + sequence * p_.H;
         },
         [](int) { return 0; }, sums_ + threadIdx.x / 32 * tile_ * kPitch);
   }
 
-  __device__ __forceinline__ void activate(Step now, Step next, int first) {
+  __device__ __forceinline__ void activate(Step now, Step next, int first, int64_t t) {
     Owned::for_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int i, int b) {
       const int sequence = first + b;
       const int64_t row = now.row + sequence;
       float* const state = state_ + sequence * kUnits + Owned::unit();
+      if ((kLstm || kGru) && p_.enters_reset(direction_, t, sequence))
+        *state = value_or_zero<T>(kLstm ? dir_.reset_c : dir_.reset_h, sequence * p_.H + unit_);
       float sums[G] = {};
       add_sums(sums_, tile_, kPitch, b, Owned::unit(), sums);
       float h;
@@ -171,6 +177,7 @@ class Forward {
   }
 
   const ForwardParams& p_;
+  const int direction_;
   const ForwardDirection& dir_;
   const int tile_;
   const int unit_;      // the thread's own
@@ -189,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
   const int direction = first_direction + blockIdx.y;
   Forward<Policy, kCell, kBlocks, kAligned> block(p, direction, tile, shared);
-  block.run(direction, gpu::GridBarrier(counters + direction * kBarrierStride, gridDim.x));
+  block.run(gpu::GridBarrier(counters + direction * kBarrierStride, gridDim.x));
 }
 
 template <class Policy>
@@ -201,6 +208,7 @@ void launch_forward(const CudaPlan& plan, const ForwardParams& params, uint32_t*
     const ForwardDirection& dir = params.direction[d];
     aligned = aligned && rows_aligned<T>(dir.output, params.output_stride, params.H) &&
               rows_aligned<T>(dir.h0, params.H, params.H) &&
+              rows_aligned<T>(dir.reset_h, params.H, params.H) &&
               rows_aligned<T>(dir.weight_hh, params.H, params.H);
   }
   launch_persistent(plan, aligned, params, counters, stream,

@@ -1,6 +1,7 @@
 #include "csrc/cuda/stepwise.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "csrc/cuda/stepwise_kernels.cuh"
 
@@ -8,16 +9,16 @@ namespace rnn_fused {
 namespace gpu {
 namespace {
 
-template <class Params>
-void launch_for(int64_t threads, void (*kernel)(Params), const Params& params,
-                cudaStream_t stream) {
+template <class... Params>
+void launch_for(int64_t threads, void (*kernel)(Params...), cudaStream_t stream,
+                const std::type_identity_t<Params>&... params) {
   const int64_t blocks = (threads + kStepThreads - 1) / kStepThreads;
-  if (blocks > 0) launch(kernel, static_cast<unsigned>(blocks), kStepThreads, 0, stream, params);
+  if (blocks > 0) launch(kernel, static_cast<unsigned>(blocks), kStepThreads, 0, stream, params...);
 }
 
 template <class InA, class InB, class Out>
 void add(const Sum<InA, InB, Out>& sum, cudaStream_t stream) {
-  launch_for(sum.rows * sum.columns, add_matrices<InA, InB, Out>, sum, stream);
+  launch_for(sum.rows * sum.columns, add_matrices<InA, InB, Out>, stream, sum);
 }
 
 // Copies a matrix between storage types; null gives zeros.
@@ -55,6 +56,26 @@ Before before(const LayerShape& s, int d, int64_t t) {
   return {s.row(other), std::min(s.active(t), s.active(other))};
 }
 
+Resets entering_resets(const LayerShape& s, int d, int64_t t) {
+  const int64_t border = d == 0 ? t : t + 1;
+  if (!s.resets || border >= s.T) return {nullptr, 0};
+  return {s.resets + s.row(border), s.active(border)};
+}
+
+// h before a step.
+template <class T>
+Previous<T> previous_h(const LayerShape& s, int64_t output_stride, const void* output,
+                       const DirectionWeights& w, int d, int64_t t) {
+  const auto [row, known] = before(s, d, t);
+  return {static_cast<const T*>(output) + row * output_stride,
+          output_stride,
+          static_cast<const T*>(w.h0),
+          s.P,
+          known,
+          entering_resets(s, d, t),
+          static_cast<const T*>(w.reset_h)};
+}
+
 template <class T, Cell kCell>
 class Forward {
   using A = Acc<T>;
@@ -65,8 +86,10 @@ class Forward {
     A* sums = nullptr;    // [B, G*H] W_hh h
     A* c = nullptr;       // [B, H]; LSTM
     T* hidden = nullptr;  // [B, H] o * tanh(c) before the projection
+    T* h = nullptr;       // [B, P] before the step; with resets
 
     void take(Carver& carver, const LayerShape& s) {
+      if (s.resets) h = carver.take<T>(s.B * s.P);
       sums = carver.take<A>(s.B * kGates * s.H);
       if (kLstm) c = carver.take<A>(s.B * s.H);
       if (s.projected()) hidden = carver.take<T>(s.B * s.H);
@@ -101,17 +124,19 @@ class Forward {
     const ForwardDirection& dir = p_.direction[d];
     const Workspace& w = workspaces_[d];
     const int64_t row = p_.row(t), count = p_.active(t);
-    const auto [row_before, known] = before(p_, d, t);
-    T* const output = static_cast<T*>(dir.output);
-    const T* const h_before = output + row_before * p_.output_stride;
-    const T* const h0 = static_cast<const T*>(dir.h0);
-
-    multiply_recurrent(dir, h_before, p_.output_stride, 0, known, w.sums);
-    multiply_recurrent(dir, h0 + known * p_.P, p_.P, known, count, w.sums);
+    const Previous<T> h_prev = previous_h<T>(p_, p_.output_stride, dir.output, dir, d, t);
+    const int64_t known = h_prev.known;
+    if (h_prev.resets.count > 0) {
+      launch_for(count * p_.P, copy_previous<T>, stream_, count, h_prev, w.h);
+      multiply_recurrent(dir, w.h, p_.P, 0, count, w.sums);
+    } else {
+      multiply_recurrent(dir, h_prev.before, h_prev.stride, 0, known, w.sums);
+      multiply_recurrent(dir, h_prev.initial + known * p_.P, p_.P, known, count, w.sums);
+    }
 
     // Of the forward direction, the sequences that the next step no longer has end here.
     const int64_t ending = d == 1 ? (t == 0 ? 0 : count) : t + 1 < p_.T ? p_.active(t + 1) : 0;
-    T* const h = output + row * p_.output_stride;
+    T* const h = static_cast<T*>(dir.output) + row * p_.output_stride;
     ForwardStep<T> step{};
     step.count = count;
     step.H = p_.H;
@@ -122,13 +147,15 @@ class Forward {
     step.gates_stride = p_.gates_stride;
     step.h = p_.projected() ? w.hidden : h;
     step.h_stride = p_.projected() ? p_.H : p_.output_stride;
-    step.h_prev = {h_before, p_.output_stride, h0, p_.P, known};
+    step.h_prev = h_prev;
+    step.resets = h_prev.resets;
+    step.reset_c = static_cast<const T*>(dir.reset_c);
     step.c = w.c;
     step.cells = p_.save && kLstm ? static_cast<A*>(dir.cells) + row * p_.H : nullptr;
     step.c_n = static_cast<T*>(dir.c_n);
     step.ending = ending;
     step.save = p_.save;
-    launch_for(count * p_.H, forward_step<T, kCell>, step, stream_);
+    launch_for(count * p_.H, forward_step<T, kCell>, stream_, step);
 
     if (p_.projected())
       product_({w.hidden, p_.dtype, count, p_.H, p_.H, 1},
@@ -212,7 +239,6 @@ class Backward {
     const Workspace& w = workspaces_[d];
     constexpr int kSaved = saved_count(kCell);
     const int64_t row = p_.row(t), count = p_.active(t), GH = kGates * p_.H;
-    const auto [row_before, known] = before(p_, d, t);
     const T* const output = static_cast<const T*>(dir.output);
     const T* const gates = static_cast<const T*>(dir.gates);
     const A* const cells = static_cast<const A*>(dir.cells);
@@ -233,12 +259,16 @@ class Backward {
     step.H = p_.H;
     step.gates = gates ? gates + row * kSaved * p_.H : nullptr;
     step.cells = cells ? cells + row * p_.H : nullptr;
-    step.c_prev = {cells ? cells + row_before * p_.H : nullptr, p_.H, static_cast<const T*>(dir.c0),
-                   p_.H, known};
+    step.h_prev = previous_h<T>(p_, p_.output_stride, output, dir, d, t);
+    step.c_prev = {cells ? cells + before(p_, d, t).row * p_.H : nullptr,
+                   p_.H,
+                   static_cast<const T*>(dir.c0),
+                   p_.H,
+                   step.h_prev.known,
+                   step.h_prev.resets,
+                   static_cast<const T*>(dir.reset_c)};
     step.output = output + row * p_.output_stride;
     step.output_stride = p_.output_stride;
-    step.h_prev = {output + row_before * p_.output_stride, p_.output_stride,
-                   static_cast<const T*>(dir.h0), p_.P, known};
     step.dh = p_.projected() ? w.dhidden : w.dh;
     step.direct = w.direct;
     step.grad_output = grad_output;
@@ -246,11 +276,20 @@ class Backward {
     step.grad_gates = static_cast<T*>(dir.grad_gates) + row * kSaved * p_.H;
     step.operand = w.operand;
     step.hidden = p_.projected() ? static_cast<T*>(dir.hidden) + row * p_.H : nullptr;
-    launch_for(count * p_.H, backward_step<T, kCell>, step, stream_);
+    launch_for(count * p_.H, backward_step<T, kCell>, stream_, step);
 
     product_({kGru ? step.operand : step.grad_gates, p_.dtype, count, GH, GH, 1},
              {dir.weight_hh, p_.dtype, GH, p_.P, p_.P, 1},
              {w.dh, accumulation_type(p_.dtype), count, p_.P, p_.P, 1});
+    if (const Resets resets = step.h_prev.resets; resets.count > 0) {
+      end(resets, p_.P, w.dh, w.direct, dir.grad_reset_h);
+      if constexpr (kLstm) end(resets, p_.H, w.dc, nullptr, dir.grad_reset_c);
+    }
+  }
+
+  void end(const Resets& resets, int64_t columns, A* gradient, A* more, void* sums) const {
+    launch_for(resets.count * columns, end_at_resets<A>, stream_,
+               EndAtResets<A>{resets, columns, gradient, more, static_cast<A*>(sums)});
   }
 
   void end(int d) {
@@ -277,7 +316,10 @@ void gather(const BackwardParams& p, int d, T* out, cudaStream_t stream) {
   const auto copy = [&](const T* from, int64_t stride, int64_t row, int64_t rows) {
     convert(from, stride, out + row * p.P, p.P, rows, p.P, stream);
   };
-  for (int64_t t = 0; t < p.T; ++t) {
+  for (int64_t t = 0; p.resets && t < p.T; ++t)
+    launch_for(p.active(t) * p.P, copy_previous<T>, stream, p.active(t),
+               previous_h<T>(p, p.output_stride, output, dir, d, t), out + p.row(t) * p.P);
+  for (int64_t t = 0; !p.resets && t < p.T; ++t) {
     const auto [row_before, known] = before(p, d, t);
     const int64_t row = p.row(t), count = p.active(t);
     copy(h0 + known * p.P, p.P, row + known, count - known);

@@ -12,16 +12,28 @@ namespace rnn_fused::gpu {
 
 constexpr int kStepThreads = 256;
 
-// Rows [rows, columns] that lie in two pieces: sequences below `known` have their state of the step
-// before in `before`, the others begin with this step and have it in `initial`.
+// The sequences, of the first `count`, that come to a step with the reset state.
+struct Resets {
+  const bool* flags;  // [count]
+  int64_t count;      // 0 without resets
+
+  __device__ bool at(int64_t b) const { return b < count && flags[b]; }
+};
+
+// Rows [rows, columns] that lie in several places: sequences below `known` have their state of the
+// step before in `before`, the others begin with this step and have it in `initial`; but after a
+// reset it is in `reset`.
 template <class T, class Initial = T>
 struct Previous {
   const T* before;         // [known, stride]
   int64_t stride;          // elements
   const Initial* initial;  // [B, columns]
   int64_t columns, known;
+  Resets resets;
+  const Initial* reset;  // [B, columns]
 
   __device__ Acc<T> at(int64_t b, int64_t j) const {
+    if (resets.at(b)) return to_acc(reset[b * columns + j]);
     return b < known ? to_acc(before[b * stride + j]) : to_acc(initial[b * columns + j]);
   }
 };
@@ -38,6 +50,8 @@ struct ForwardStep {
   int64_t h_stride;            //
   Previous<T> h_prev;          // GRU
   A *c, *cells;                // [B, H] from step to step; [count, H] to save, or null; LSTM
+  Resets resets;               //
+  const T* reset_c;            // [B, H]; LSTM
   T* c_n;                      // [B, H] of the sequences that end with this step; LSTM
   int64_t ending;              // the first of those
   bool save;
@@ -64,7 +78,8 @@ __global__ void __launch_bounds__(kStepThreads) forward_step(ForwardStep<T> p) {
   if constexpr (kCell == Cell::lstm) {
     LstmGates<A> a = {input(0) + recurrent(0), input(1) + recurrent(1), input(2) + recurrent(2),
                       input(3) + recurrent(3)};
-    const LstmState<A> state = lstm_forward<Math>(a, p.c[i]);
+    const A c = p.resets.at(b) ? to_acc(p.reset_c[i]) : p.c[i];
+    const LstmState<A> state = lstm_forward<Math>(a, c);
     h = state.h;
     p.c[i] = state.c;
     if (b >= p.ending) p.c_n[i] = from_acc<T>(state.c);
@@ -149,6 +164,34 @@ __global__ void __launch_bounds__(kStepThreads) backward_step(BackwardStep<T> p)
     const A h = to_acc(p.output[b * p.output_stride + j]);
     put(0, kCell == Cell::rnn_tanh ? dh * (1 - h * h) : Math::relu_grad(h, dh));
   }
+}
+
+// out: [rows, columns]
+template <class T>
+__global__ void __launch_bounds__(kStepThreads)
+    copy_previous(int64_t rows, Previous<T> from, T* out) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= rows * from.columns) return;
+  out[i] = from_acc<T>(from.at(i / from.columns, i % from.columns));
+}
+
+// What reaches the state before a step, where that is the reset state: added to `sums`, and not
+// passed on.
+template <class A>
+struct EndAtResets {
+  Resets resets;
+  int64_t columns;
+  A *gradient, *more;  // [B, columns]; more may be null
+  A* sums;             // [B, columns]
+};
+
+template <class A>
+__global__ void __launch_bounds__(kStepThreads) end_at_resets(EndAtResets<A> p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (!p.resets.at(i / p.columns)) return;
+  p.sums[i] += p.gradient[i] + (p.more ? p.more[i] : A(0));
+  p.gradient[i] = 0;
+  if (p.more) p.more[i] = 0;
 }
 
 // out = a + b, each a matrix [rows, columns] or null for zero.

@@ -51,6 +51,8 @@ inline void check_close(const Layer& l, const Backward& actual, const Backward& 
     check_close("hidden", a.hidden, e.hidden, tol);
     check_close("grad_h0", a.h0, e.h0, tol);
     check_close("grad_c0", a.c0, e.c0, tol);
+    check_close("grad_reset_h", a.reset_h, e.reset_h, tol);
+    check_close("grad_reset_c", a.reset_c, e.reset_c, tol);
   }
 }
 

@@ -21,23 +21,26 @@ struct Sizes {
   bool ragged = false;
   bool bias = true;
   int64_t gap = 3;  // elements between the rows of the output, which must stay as they are
+  bool resets = false;
 };
 
 inline std::ostream& operator<<(std::ostream& out, const Sizes& s) {
   return out << toString(s.cell) << " " << toString(s.dtype) << " T=" << s.T << " B=" << s.B
              << " I=" << s.I << " H=" << s.H << " P=" << s.P << " D=" << s.directions
-             << (s.ragged ? " ragged" : " dense") << (s.bias ? " bias" : "");
+             << (s.ragged ? " ragged" : " dense") << (s.bias ? " bias" : "")
+             << (s.resets ? " resets" : "");
 }
 
 struct Layer : Sizes {
   struct Direction {
-    Array weight_ih, weight_hh, weight_hr, bias_ih, bias_hh, h0, c0;
+    Array weight_ih, weight_hh, weight_hr, bias_ih, bias_hh, h0, c0, reset_h, reset_c;
   };
 
-  int64_t N;                            // rows
-  std::vector<int64_t> lengths;         // [B] non-increasing
-  std::vector<int64_t> active, starts;  // [T] batch_sizes and row_start
-  Array input;                          // [N, I]
+  int64_t N;                               // rows
+  std::vector<int64_t> lengths;            // [B] non-increasing
+  std::vector<int64_t> active, starts;     // [T] batch_sizes and row_start
+  std::vector<unsigned char> reset_flags;  // [N], or empty
+  Array input;                             // [N, I]
   Direction direction[2];
 
   Layer(const Sizes& sizes, uint64_t seed) : Sizes(sizes) {
@@ -64,8 +67,14 @@ struct Layer : Sizes {
                       random.array(dtype, bias ? GH : 0, bound),
                       random.array(dtype, bias ? GH : 0, bound),
                       random.array(dtype, B * P, 1),
-                      random.array(dtype, lstm() ? B * H : 0, 1)};
+                      random.array(dtype, lstm() ? B * H : 0, 1),
+                      {},
+                      {}};
+      if (!resets) continue;
+      direction[d].reset_h = random.array(dtype, B * P, 1);
+      direction[d].reset_c = random.array(dtype, lstm() ? B * H : 0, 1);
     }
+    for (int64_t n = 0; resets && n < N; ++n) reset_flags.push_back(random.integer(0, 2) == 0);
   }
 
   bool lstm() const { return cell == Cell::lstm; }
@@ -75,6 +84,11 @@ struct Layer : Sizes {
   int64_t S() const { return saved_count(cell); }
   int64_t output_stride() const { return directions * P + gap; }
   int64_t row(int64_t t, int64_t b) const { return starts[t] + b; }
+  // Whether direction d comes to timestep t of sequence b with the reset state.
+  bool enters_reset(int d, int64_t t, int64_t b) const {
+    const int64_t border = t + d;
+    return resets && border < lengths[b] && reset_flags[row(border, b)];
+  }
 
   LayerShape shape() const {
     return {cell,
@@ -85,13 +99,14 @@ struct Layer : Sizes {
             P,
             directions,
             ragged ? active.data() : nullptr,
-            ragged ? starts.data() : nullptr};
+            ragged ? starts.data() : nullptr,
+            resets ? reinterpret_cast<const bool*>(reset_flags.data()) : nullptr};
   }
 
   DirectionWeights weights(int d) const {
     const Direction& w = direction[d];
-    return {w.weight_hh.at(0), w.weight_hr.at(0), w.bias_ih.at(0),
-            w.bias_hh.at(0),   w.h0.at(0),        w.c0.at(0)};
+    return {w.weight_hh.at(0), w.weight_hr.at(0), w.bias_ih.at(0), w.bias_hh.at(0),
+            w.h0.at(0),        w.c0.at(0),        w.reset_h.at(0), w.reset_c.at(0)};
   }
 };
 
@@ -172,15 +187,20 @@ struct Backward {
     Array gates;              // [N, S*H] of the pre-activations
     Array projected, hidden;  // [N, P], [N, H] with a projection
     Array h0, c0;             // [B, P], [B, H]
+    Array reset_h, reset_c;   // the same, in the accumulation type; with resets
     bool operator==(const Direction&) const = default;
   };
   Direction direction[2];
 
   Backward(const Layer& l, DType dtype) {
     for (int d = 0; d < l.directions; ++d)
-      direction[d] = {Array(dtype, l.N * l.S() * l.H), Array(dtype, l.projected() ? l.N * l.P : 0),
-                      Array(dtype, l.projected() ? l.N * l.H : 0), Array(dtype, l.B * l.P),
-                      Array(dtype, l.lstm() ? l.B * l.H : 0)};
+      direction[d] = {Array(dtype, l.N * l.S() * l.H),
+                      Array(dtype, l.projected() ? l.N * l.P : 0),
+                      Array(dtype, l.projected() ? l.N * l.H : 0),
+                      Array(dtype, l.B * l.P),
+                      Array(dtype, l.lstm() ? l.B * l.H : 0),
+                      Array::zeros(accumulation(dtype), l.resets ? l.B * l.P : 0),
+                      Array::zeros(accumulation(dtype), l.resets && l.lstm() ? l.B * l.H : 0)};
   }
   bool operator==(const Backward&) const = default;
 };
@@ -205,7 +225,9 @@ Backward run_backward(const Layer& l, const Forward& forward, const Upstream& up
                            out.projected.at(0),
                            out.hidden.at(0),
                            out.h0.at(0),
-                           out.c0.at(0)};
+                           out.c0.at(0),
+                           out.reset_h.at(0),
+                           out.reset_c.at(0)};
   }
   run(params);
   return result;

@@ -57,6 +57,7 @@ TEST_CASE("layers of any size equal the reference") {
         s.directions = static_cast<int>(random.integer(1, 2));
         s.ragged = random.coin();
         s.bias = random.coin();
+        s.resets = random.coin();
         check_layer(s, random.bits());
       }
 }
@@ -73,6 +74,7 @@ TEST_CASE("layers of few rows equal the reference") {
         s.P = cell == Cell::lstm && random.coin() ? random.integer(1, s.H) : 0;
         s.directions = static_cast<int>(random.integer(1, 2));
         s.ragged = random.coin();
+        s.resets = random.coin();
         check_layer(s, random.bits());
       }
 }
@@ -298,7 +300,9 @@ TEST_CASE("the reference's gradients are the differences of its forward pass") {
   for (Cell cell : kCells)
     for (int64_t P : {0, 2}) {
       if (P && cell != Cell::lstm) continue;
-      Layer l({cell, DType::f64, 3, 2, 2, 3, P, 2, true}, 6);
+      Sizes sizes{cell, DType::f64, 4, 3, 2, 3, P, 2, true};
+      sizes.resets = true;
+      Layer l(sizes, 6);
       Products products(l, DType::f64);
       const Upstream upstream(l, 7);
       const Forward forward = reference_forward(l, products.direction);
@@ -324,6 +328,8 @@ TEST_CASE("the reference's gradients are the differences of its forward pass") {
             check("pre-activation", products.direction[d], n * GH + j, g.gates[n * SH + j]);
         for (int64_t i = 0; i < g.h0.size(); ++i) check("h0", w.h0, i, g.h0[i]);
         for (int64_t i = 0; i < g.c0.size(); ++i) check("c0", w.c0, i, g.c0[i]);
+        for (int64_t i = 0; i < g.reset_h.size(); ++i) check("reset_h", w.reset_h, i, g.reset_h[i]);
+        for (int64_t i = 0; i < g.reset_c.size(); ++i) check("reset_c", w.reset_c, i, g.reset_c[i]);
         for (int64_t j = 0; j < GH; ++j) {
           const int64_t saved = cell == Cell::gru && j >= 2 * l.H ? j + l.H : j;  // hn, not n
           double sum = 0;

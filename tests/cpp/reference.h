@@ -46,7 +46,12 @@ inline Forward reference_forward(const Layer& l, const Array* products) {
       for (int64_t p = 0; p < P; ++p) h[p] = w.h0[b * P + p];
       if (l.lstm())
         for (int64_t j = 0; j < H; ++j) c[j] = w.c0[b * H + j];
-      for (int64_t row : walk(l, d, b)) {
+      for (int64_t step = 0; step < l.lengths[b]; ++step) {
+        const int64_t t = d == 0 ? step : l.lengths[b] - 1 - step, row = l.row(t, b);
+        if (l.enters_reset(d, t, b)) {
+          for (int64_t p = 0; p < P; ++p) h[p] = w.reset_h[b * P + p];
+          for (int64_t j = 0; l.lstm() && j < H; ++j) c[j] = w.reset_c[b * H + j];
+        }
         for (int64_t j = 0; j < H; ++j) {
           double x[4], r[4], gates[4];  // from the input, recurrent, activated
           for (int64_t g = 0; g < G; ++g) {
@@ -103,13 +108,20 @@ inline Backward reference_backward(const Layer& l, const Forward& forward,
     Backward::Direction& out = result.direction[d];
     for (int64_t b = 0; b < l.B; ++b) {
       const std::vector<int64_t> rows = walk(l, d, b);
-      // The state after a step; before the first, -1, it is the initial one.
-      const auto h_after = [&](int64_t step, int64_t p) {
-        return step < 0 ? w.h0[b * P + p]
-                        : forward.output[rows[step] * l.output_stride() + d * P + p];
+      const auto reset = [&](int64_t step) {
+        return l.enters_reset(d, d == 0 ? step : l.lengths[b] - 1 - step, b);
       };
-      const auto c_after = [&](int64_t step, int64_t j) {
-        return step < 0 ? w.c0[b * H + j] : saved.cells[rows[step] * H + j];
+      const auto h_after = [&](int64_t step, int64_t p) {
+        return forward.output[rows[step] * l.output_stride() + d * P + p];
+      };
+      const auto c_after = [&](int64_t step, int64_t j) { return saved.cells[rows[step] * H + j]; };
+      const auto h_before = [&](int64_t step, int64_t p) {
+        if (reset(step)) return w.reset_h[b * P + p];
+        return step == 0 ? w.h0[b * P + p] : h_after(step - 1, p);
+      };
+      const auto c_before = [&](int64_t step, int64_t j) {
+        if (reset(step)) return w.reset_c[b * H + j];
+        return step == 0 ? w.c0[b * H + j] : c_after(step - 1, j);
       };
       std::vector<double> dh(P), dc(H);  // of the state after the step
       for (int64_t p = 0; p < P && upstream.h_n[d].size(); ++p) dh[p] = upstream.h_n[d][b * P + p];
@@ -138,7 +150,7 @@ inline Backward reference_backward(const Layer& l, const Forward& forward,
               const double tanh_c = std::tanh(c_after(step, j));
               const double total = dc[j] + dy * o * (1 - tanh_c * tanh_c);
               grad[0] = total * g * i * (1 - i);
-              grad[1] = total * c_after(step - 1, j) * f * (1 - f);
+              grad[1] = total * c_before(step, j) * f * (1 - f);
               grad[2] = total * i * (1 - g * g);
               grad[3] = dy * tanh_c * o * (1 - o);
               dc[j] = total * f;
@@ -149,7 +161,7 @@ inline Backward reference_backward(const Layer& l, const Forward& forward,
               const auto [r, z, n, hn] = a;
               grad[2] = dy * (1 - z) * (1 - n * n);
               grad[0] = grad[2] * hn * r * (1 - r);
-              grad[1] = dy * (h_after(step - 1, j) - n) * z * (1 - z);
+              grad[1] = dy * (h_before(step, j) - n) * z * (1 - z);
               grad[3] = grad[2] * r;
               dh_before[j] += dy * z;
               break;
@@ -166,6 +178,12 @@ inline Backward reference_backward(const Layer& l, const Forward& forward,
           }
         }
         dh = dh_before;
+        if (!reset(step)) continue;
+        for (int64_t p = 0; p < P; ++p) out.reset_h.set(b * P + p, out.reset_h[b * P + p] + dh[p]);
+        for (int64_t j = 0; l.lstm() && j < H; ++j)
+          out.reset_c.set(b * H + j, out.reset_c[b * H + j] + dc[j]);
+        dh.assign(P, 0);
+        dc.assign(H, 0);
       }
       for (int64_t p = 0; p < P; ++p) out.h0.set(b * P + p, dh[p]);
       if (l.lstm())

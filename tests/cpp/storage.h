@@ -79,6 +79,12 @@ class Array {
   Array() = default;
   Array(DType dtype, int64_t size) : dtype_(dtype), bytes_(size * size_of(dtype), 0xff) {}
 
+  static Array zeros(DType dtype, int64_t size) {
+    Array array(dtype, size);
+    for (int64_t i = 0; i < size; ++i) array.set(i, 0);
+    return array;
+  }
+
   int64_t size() const { return static_cast<int64_t>(bytes_.size()) / size_of(dtype_); }
   void* at(int64_t i) { return bytes_.empty() ? nullptr : bytes_.data() + i * size_of(dtype_); }
   const void* at(int64_t i) const { return const_cast<Array*>(this)->at(i); }

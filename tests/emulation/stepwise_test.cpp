@@ -84,6 +84,7 @@ TEST_CASE("stepwise: layers of any size equal the reference") {
         s.directions = static_cast<int>(random.integer(1, 2));
         s.ragged = random.coin();
         s.bias = random.coin();
+        s.resets = random.coin();
         check_layer(s, random.bits());
       }
 }

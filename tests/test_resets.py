@@ -1,0 +1,247 @@
+"""Resets of the state inside a sequence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    KINDS,
+    Problem,
+    assert_as_accurate,
+    each_kind,
+    each_layout,
+    problem,
+    values_and_gradients,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from rnn_fused import library, ops, reference
+
+
+def assert_agrees_with_reference(case: Problem) -> None:
+    exact = values_and_gradients(case, reference.layer)
+    for name, value in values_and_gradients(case, ops.layer).items():
+        torch.testing.assert_close(value, exact[name], rtol=1e-12, atol=1e-12)
+
+
+@each_kind
+@each_layout
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("reset_state", [False, True], ids=["to zero", "to a state"])
+def test_values_and_gradients(
+    kind: str, lengths: tuple[int, ...] | None, directions: int, reset_state: bool, device: str
+) -> None:
+    options = {"resets": 0.4, "reset_state": reset_state, "directions": directions}
+    sizes = {"T": 9, "B": 5, "H": 20, "lengths": lengths and (9, 7, 7, 3, 1)}
+    assert_agrees_with_reference(problem(**KINDS[kind], **sizes, **options, device=device))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    kind=st.sampled_from([*KINDS]),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=9),
+    probability=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    H=st.integers(3, 40),
+    two=st.booleans(),
+    state=st.booleans(),
+)
+def test_any_resets(
+    kind: str,
+    lengths: list[int],
+    probability: float,
+    H: int,
+    two: bool,
+    state: bool,
+) -> None:
+    lengths.sort(reverse=True)
+    options = {"resets": probability, "reset_state": state, "directions": 1 + two}
+    assert_agrees_with_reference(problem(**KINDS[kind], H=H, lengths=lengths, **options))
+
+
+@each_kind
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("reset_state", [False, True], ids=["to zero", "to a state"])
+def test_equal_to_splitting_by_hand(kind: str, directions: int, reset_state: bool) -> None:
+    """Each sequence alone, cut at its resets: the pieces know nothing of each other."""
+    options = {"resets": 0.3, "reset_state": reset_state, "directions": directions}
+    case = problem(**KINDS[kind], T=12, B=4, H=8, **options)
+
+    def by_hand(
+        input: Tensor, hx: Tensor, cx: Tensor | None, weights: Any, **_: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        T, B = case.resets.shape
+        given = case.states[2:] if reset_state else (None, None)
+        zeros = [None if s is None else torch.zeros_like(s) for s in (hx, cx)]
+        other = [z if g is None else g for z, g in zip(zeros, given, strict=True)]
+        outputs, finals = [], []
+        for b in range(B):
+            borders = [t for t in range(1, T) if case.resets[t, b]]
+            pieces = [*zip([0, *borders], [*borders, T], strict=True)]
+            results, ends = [], []
+            for begin, end in pieces:
+                # The forward direction enters at the piece's begin, the reverse one at its end.
+                fresh = [begin == 0 and not case.resets[0, b], end == T]
+                state = [
+                    None
+                    if x is None
+                    else torch.stack([(x if fresh[d] else r)[d, b] for d in range(directions)])
+                    for x, r in zip((hx, cx), other, strict=True)
+                ]
+                state = [None if s is None else s.unsqueeze(1) for s in state]
+                piece = input[begin:end, b : b + 1]
+                output, *final = ops.layer(piece, *state, weights, cell=case.cell)
+                results.append(output)
+                ends.append(final)
+            outputs.append(torch.cat(results))
+            last = (ends[-1], ends[0])  # the last pieces of the two directions
+            finals.append(
+                [
+                    None if s is None else torch.stack([last[d][i][d] for d in range(directions)])
+                    for i, s in enumerate((hx, cx))
+                ]
+            )
+        h_n, c_n = (None if f[0] is None else torch.cat(f, 1) for f in zip(*finals, strict=True))
+        return torch.cat(outputs, 1), h_n, c_n
+
+    for name, value in values_and_gradients(case, by_hand).items():
+        ours = values_and_gradients(case, ops.layer)[name]
+        torch.testing.assert_close(ours, value, rtol=1e-12, atol=1e-12)
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("H", [24, 150])
+def test_accuracy(kind: str, dtype: torch.dtype, H: int, device: str) -> None:
+    """torch has no resets: the bound is that of the same maths in plain PyTorch."""
+    options = {"resets": 0.2, "reset_state": True, "directions": 2}
+    case = problem(**KINDS[kind], T=20, B=7, H=H, **options, dtype=dtype, device=device)
+    exact = values_and_gradients(case.to(torch.float64), reference.layer)
+    plain, ours = (values_and_gradients(case, layer) for layer in (reference.layer, ops.layer))
+    active = [run["output 0"] > 0 for run in (exact, plain, ours)]
+    if kind == "rnn_relu" and not all(a.equal(active[0]) for a in active):
+        exact = {name: value for name, value in exact.items() if name.startswith("output")}
+    assert_as_accurate(ours, plain, exact)
+
+
+@each_kind
+@each_layout
+def test_derivatives(kind: str, lengths: tuple[int, ...] | None) -> None:
+    options = {"resets": 0.4, "reset_state": True, "directions": 2}
+    case = problem(**KINDS[kind], H=3, **options, lengths=lengths)
+    function = case.function(ops.layer)
+    assert gradcheck(function, case.tensors, fast_mode=True)
+    assert gradgradcheck(function, case.tensors, fast_mode=True)
+
+
+@pytest.mark.own_ops
+@each_kind
+@each_layout
+def test_derivatives_of_the_ops_themselves(kind: str, lengths: tuple[int, ...] | None) -> None:
+    case = problem(**KINDS[kind], H=3, resets=0.4, reset_state=True, lengths=lengths)
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        arguments = case.with_tensors(tensors).op_arguments
+        outputs = library.layer_forward(*arguments, True, "auto", False)
+        return outputs[: 2 if case.cx is None else 3]
+
+    assert gradcheck(function, case.tensors, fast_mode=True)
+    assert gradgradcheck(function, case.tensors, fast_mode=True)
+
+
+@each_kind
+def test_func_transforms_and_forward_mode(kind: str) -> None:
+    case = problem(**KINDS[kind], resets=0.4, reset_state=True)
+    tensors = tuple(x.detach() for x in case.tensors)
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        ours = transform(case.loss(ops.layer))(*tensors)
+        exact = transform(case.loss(reference.layer))(*tensors)
+        torch.testing.assert_close(ours, exact)
+    inputs = torch.stack([tensors[0], 2 * tensors[0]])
+    ours, exact = (
+        torch.func.vmap(lambda x, layer=layer: case.function(layer)(x, *tensors[1:]))(inputs)
+        for layer in (ops.layer, reference.layer)
+    )
+    torch.testing.assert_close(ours, exact)
+
+
+def test_no_resets_are_the_plain_call_bit_for_bit() -> None:
+    for kind in KINDS.values():
+        case = problem(**kind, T=6, B=5, H=33, directions=2, dtype=torch.float32, resets=0.0)
+        plain = replace(case, resets=None)
+        for name, value in values_and_gradients(plain, ops.layer).items():
+            assert torch.equal(values_and_gradients(case, ops.layer)[name], value)
+
+
+def test_the_initial_state_has_no_part_in_what_follows_a_reset() -> None:
+    case = problem("lstm", T=4, B=2, resets=0.0, reset_state=True)
+    case.resets[2] = True
+    states = case.hx, case.reset_hx
+    hx, reset_hx = torch.autograd.grad(case.run(ops.layer)[0][2:].sum(), states)
+    assert not hx.any()
+    assert reset_hx.all()
+    hx, reset_hx = torch.autograd.grad(case.run(ops.layer)[0][:2].sum(), states)
+    assert hx.all()
+    assert not reset_hx.any()
+
+
+@pytest.mark.own_ops
+@each_kind
+def test_compiles_to_one_graph(kind: str) -> None:
+    torch._dynamo.reset()
+
+    def layer(*args: Any, **options: Any) -> Any:
+        return ops.layer(*args, **options)
+
+    fast = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for T in (4, 5, 6):
+        case = problem(**KINDS[kind], T=T, directions=2, resets=0.4, reset_state=True)
+        exact = values_and_gradients(case, ops.layer)
+        for name, value in values_and_gradients(case, fast).items():
+            torch.testing.assert_close(value, exact[name])
+
+
+@pytest.mark.own_ops
+@pytest.mark.parametrize("kind", ["lstm_proj", "gru"])
+def test_opcheck(kind: str) -> None:
+    options = {"resets": 0.4, "reset_state": True, "directions": 2, "dtype": torch.float32}
+    case = problem(**KINDS[kind], **options)
+    torch.library.opcheck(library.layer_forward, (*case.op_arguments, True, "auto", False))
+    with torch.no_grad():
+        output, h_n, _, *saved = library.layer_forward(*case.op_arguments, True, "auto", False)
+    grads = torch.randn_like(output), torch.randn_like(h_n), None
+    frozen = case.map(lambda x: x.detach())
+    arguments = *grads, *frozen.op_arguments, output, *saved, True, True, True, "auto", False
+    torch.library.opcheck(library.layer_backward, arguments)
+
+
+MISTAKES = {
+    "dtype": (lambda p: replace(p, resets=p.resets.int()), "resets must be bool.*got Int"),
+    "shape": (
+        lambda p: replace(p, resets=p.resets[1:]),
+        r"of shape \[T, B\] = \[3, 2\], got Bool of shape \[2, 2\]",
+    ),
+    "state without resets": (
+        lambda p: replace(p, resets=None),
+        "reset_hx and reset_cx need resets, got none",
+    ),
+    "half a state": (lambda p: replace(p, reset_cx=None), "reset_cx must be given with reset_hx"),
+    "size of the state": (
+        lambda p: replace(p, reset_hx=torch.zeros(1, 2, 5).double()),
+        r"reset_hx must have shape \[D, B, P\] = \[1, 2, 4\], got \[1, 2, 5\]",
+    ),
+}
+
+
+@pytest.mark.own_ops
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(mistake: str) -> None:
+    make, message = MISTAKES[mistake]
+    case = make(problem("lstm", resets=0.4, reset_state=True, requires_grad=False))
+    with pytest.raises(RuntimeError, match=message):
+        case.run(ops.layer)
