@@ -10,6 +10,7 @@ from .convert import convert, revert
 from .explain import Gpu, explain
 from .families import kernels
 from .modules import GRU, LSTM, RNN
+from .state import detach_state
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "build_info",
     "convert",
+    "detach_state",
     "explain",
     "kernels",
     "ops",
