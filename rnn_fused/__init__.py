@@ -3,7 +3,7 @@
 # The op library links against torch's shared objects: torch must be loaded first.
 import torch  # noqa: F401
 
-from . import ops, reference
+from . import init, ops, reference
 from .build_info import build_info
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import convert, revert
@@ -27,6 +27,7 @@ __all__ = [
     "convert",
     "detach_state",
     "explain",
+    "init",
     "kernels",
     "ops",
     "reference",
