@@ -3,13 +3,14 @@
 # The op library links against torch's shared objects: torch must be loaded first.
 import torch  # noqa: F401
 
-from . import ops, reference
+from . import init, ops, reference
 from .build_info import build_info
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import convert, revert
 from .explain import Gpu, explain
 from .families import kernels
 from .modules import GRU, LSTM, RNN
+from .state import detach_state
 
 __version__ = "0.1.0"
 
@@ -24,7 +25,9 @@ __all__ = [
     "__version__",
     "build_info",
     "convert",
+    "detach_state",
     "explain",
+    "init",
     "kernels",
     "ops",
     "reference",

@@ -92,6 +92,7 @@ def revert(model: nn.Module) -> ConversionReport:
     """Undoes `convert`: every module of this package in `model` becomes its `torch.nn` original.
 
     It makes no difference whether the modules came from `convert` or were constructed as fused.
+    One with an option that torch.nn lacks, such as `learn_initial_state`, is skipped.
     What is kept, skipped, returned and raised: as for `convert`.
     """
     report = _swap(model, STOCK, ())
@@ -134,6 +135,9 @@ def _obstacle(module: nn.Module, table: Mapping[type[nn.Module], type[nn.Module]
         return f"{cls.__qualname__} is a subclass of {base.__name__}: its code may rely on the base"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
+    for option in modules.OWN_OPTIONS:
+        if getattr(module, option, False):
+            return f"torch.nn has no {option}=True"
     return None
 
 

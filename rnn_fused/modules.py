@@ -6,12 +6,13 @@ D directions (2 if bidirectional), N = sum of the lengths of packed sequences.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any, TypeAlias, overload
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
@@ -19,6 +20,9 @@ from . import ops
 from .ops import LayerWeights
 
 Hidden: TypeAlias = Tensor | tuple[Tensor, Tensor]
+
+INITIAL_STATES = ("initial_h", "initial_c")
+OWN_OPTIONS = ("learn_initial_state", "batch_first_states")  # which torch.nn lacks
 
 
 class FusedRNNBase(RNNBase):
@@ -31,16 +35,58 @@ class FusedRNNBase(RNNBase):
     hooks that set a weight take effect; the list `_flat_weights` is kept up by `RNNBase` only.
     """
 
-    def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
+    # Also what a module has that came from torch.nn, or from an older pickle.
+    learn_initial_state: bool = False
+    batch_first_states: bool = False
+
+    def __init__(
+        self,
+        mode: str,
+        *args: Any,
+        learn_initial_state: bool = False,
+        batch_first_states: bool = False,
+        **kwargs: Any,
+    ) -> None:
         refusal = ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         if "proj_size" in kwargs and mode != "LSTM":
             raise refusal
         super().__init__(mode, *args, **kwargs)
         if self.proj_size > 0 and mode != "LSTM":  # given by position
             raise refusal
+        given = (learn_initial_state, batch_first_states)
+        for name, option in zip(OWN_OPTIONS, given, strict=True):
+            if not isinstance(option, bool):
+                raise TypeError(f"{name} should be of type bool, got: {type(option).__name__}")
+            setattr(self, name, option)
+        if batch_first_states and not self.batch_first:
+            raise ValueError(
+                "batch_first_states=True needs batch_first=True, got batch_first=False"
+            )
+        if learn_initial_state:
+            weight = self._layer_weights(0).weight_hh[0]
+            for name, (rows, _, width) in zip(INITIAL_STATES, self._state_sizes(1), strict=False):
+                setattr(self, name, nn.Parameter(weight.new_zeros(rows, width)))
+
+    def reset_parameters(self) -> None:
+        """Draws the weights as torch.nn does, from the same random numbers; learned initial states
+        become zero."""
+        bound = 1 / math.sqrt(self.hidden_size)
+        for name, parameter in self.named_parameters():
+            if name in INITIAL_STATES:
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.uniform_(parameter, -bound, bound)
+
+    def extra_repr(self) -> str:
+        given = "".join(f", {name}=True" for name in OWN_OPTIONS if getattr(self, name))
+        return super().extra_repr() + given
 
     def forward(self, input: PackedSequence | Tensor, hx: Hidden | None = None) -> Any:
         states = None if hx is None else self._split_state(hx, isinstance(input, PackedSequence))
+        batched = isinstance(input, PackedSequence) or input.dim() == 3
+        if self.batch_first_states and batched and states is not None:
+            self._check_state_rank(states, 3)
+            states = tuple(state.transpose(0, 1) for state in states)
         output: PackedSequence | Tensor
         if isinstance(input, PackedSequence):
             output, states = self._run_packed(input, states)
@@ -59,7 +105,40 @@ class FusedRNNBase(RNNBase):
         else:
             name = type(self).__name__
             raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        if self.batch_first_states and batched:
+            states = tuple(state.transpose(0, 1) for state in states)
         return output, self._join_state(states)
+
+    def step(self, input: Tensor, state: Hidden | None = None) -> tuple[Tensor, Any]:
+        """Runs all layers over the next timestep of a stream; equals `forward` over a sequence
+        of that one step.
+
+        Args:
+            input: x of this step, [B, I]; of a single stream also [I].
+            state: the state before the step, in the form of `forward`'s hx (for [I], without the B
+                axis). None begins a stream, as in `forward`.
+
+        Returns:
+            output [B, D*P] or [D*P], and the state after the step, for the next call.
+
+        Raises:
+            ValueError: the module is bidirectional; input not 1-D or 2-D.
+            Else as `forward`.
+        """
+        name = type(self).__name__
+        if self.bidirectional:
+            raise ValueError(
+                f"{name}: step needs bidirectional=False, since the reverse direction begins at "
+                "the end of the sequence; got bidirectional=True"
+            )
+        if input.dim() not in (1, 2):
+            raise ValueError(
+                f"{name}: step expects input to be 1D or 2D, [B, I] or [I], got {input.dim()}D "
+                "instead"
+            )
+        time = 1 if self.batch_first and input.dim() == 2 else 0
+        output, state = self(input.unsqueeze(time), state)
+        return output.squeeze(time), state
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read the weights where they are."""
@@ -76,6 +155,8 @@ class FusedRNNBase(RNNBase):
         else:
             batch = int(batch_sizes[0])
         if states is not None and sorted_indices is not None:
+            if self.batch_first_states:  # indices would accept L*D > B sequences, as torch.nn does
+                self._check_states(states, self._state_sizes(batch))
             states = tuple(state.index_select(1, sorted_indices) for state in states)
         output, states = self._run(data, states, batch, batch_sizes)
         if unsorted_indices is not None:
@@ -98,7 +179,7 @@ class FusedRNNBase(RNNBase):
         self._check_sequence(sequence, batch_sizes, weights[0].weight_ih[0])
         sizes = self._state_sizes(batch)
         if states is None:
-            states = tuple(sequence.new_zeros(size) for size in sizes)
+            states = self._initial_states(sequence, sizes)
         else:
             self._check_states(states, sizes)
 
@@ -126,6 +207,15 @@ class FusedRNNBase(RNNBase):
         find = _weight_names if torch.compiler.is_compiling() else _cached_weight_names
         names = find(layer, self.bidirectional, self.bias, self.proj_size > 0)
         return LayerWeights(*[tuple([getattr(self, name) for name in field]) for field in names])
+
+    def _initial_states(
+        self, sequence: Tensor, sizes: tuple[tuple[int, int, int], ...]
+    ) -> tuple[Tensor, ...]:
+        """The states where none are given: the learned ones, else zeros."""
+        if self.learn_initial_state:
+            learned = (getattr(self, name) for name in INITIAL_STATES[: len(sizes)])
+            return tuple(s.unsqueeze(1).expand(z) for s, z in zip(learned, sizes, strict=True))
+        return tuple(sequence.new_zeros(size) for size in sizes)
 
     def _split_state(self, hx: Hidden, packed: bool) -> tuple[Tensor, ...]:
         """The state as a tuple, (h,) or (h, c); `packed` tells how the input comes."""
@@ -183,7 +273,10 @@ class FusedRNNBase(RNNBase):
         for index, (state, size) in enumerate(zip(states, sizes, strict=True)):
             if state.size() != size:
                 name = "hidden" if len(states) == 1 else f"hidden[{index}]"
-                raise RuntimeError(f"Expected {name} size {size}, got {list(state.size())}")
+                got = list(state.size())
+                if self.batch_first_states:
+                    size, got = (size[1], size[0], size[2]), [got[1], got[0], got[2]]
+                raise RuntimeError(f"Expected {name} size {size}, got {got}")
 
 
 def _weight_names(
@@ -204,28 +297,38 @@ _cached_weight_names = cache(_weight_names)
 class LSTM(FusedRNNBase):
     """Long short-term memory layers, as `torch.nn.LSTM`, run by fused kernels.
 
-    Args: those of `torch.nn.LSTM`, with the same defaults.
+    Args: those of `torch.nn.LSTM`, with the same defaults, and two options by keyword.
         input_size, hidden_size: I and H.
         num_layers: L, stacked layers.
         bias: whether the gates have biases.
-        batch_first: input and output are [B, T, ...] instead of [T, B, ...]; states are not.
+        batch_first: input and output are [B, T, ...] instead of [T, B, ...]; states are not,
+            unless batch_first_states.
         dropout: probability of dropout on each layer's output but the last's, in training.
         bidirectional: also run backwards in time; outputs are concatenated.
         proj_size: P > 0 projects h from H to P (Sak et al. 2014, https://arxiv.org/abs/1402.1128).
         device, dtype: of the parameters. float32, float64, bfloat16 and float16 have kernels.
+        learn_initial_state: the state that is used where hx is absent is learned: parameters
+            `initial_h` [L*D, P] and `initial_c` [L*D, H], zero at first and after
+            `reset_parameters`, the same for every sequence of a batch. They come last in
+            `parameters()` and are no part of `all_weights`; a `state_dict` of torch.nn, which has
+            none, loads with strict=False.
+        batch_first_states: needs batch_first. hx and the returned states have the batch first,
+            [B, L*D, ...], for packed input too, whose sequences are meant in the caller's order.
+            The returned ones are views, not contiguous. Unbatched states stay as they are.
 
     Inputs:
         input: [T, B, I] ([B, T, I] if batch_first), unbatched [T, I], or a `PackedSequence`,
             which is run packed.
-        hx: (h_0, c_0), [L*D, B, P] and [L*D, B, H]; zeros if absent. Without the B axis if the
-            input is unbatched.
+        hx: (h_0, c_0), [L*D, B, P] and [L*D, B, H]; zeros, or what was learned, if absent.
+            Without the B axis if the input is unbatched.
 
     Returns:
         output, (h_n, c_n): [T, B, D*P] in the form of the input; states as the initial ones.
 
     Raises:
         ValueError: input not 2-D or 3-D, its dtype not that of the weights (packed input:
-            RuntimeError), or an argument of the constructor out of range.
+            RuntimeError), or an argument of the constructor out of range: also
+            batch_first_states without batch_first.
         TypeError: an argument of the constructor of the wrong type.
         RuntimeError: a size that does not fit; T = 0.
         IndexError, TypeError, RuntimeError: hx is one Tensor instead of two, or one in a tuple.
@@ -248,6 +351,9 @@ class LSTM(FusedRNNBase):
         proj_size: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        learn_initial_state: bool = False,
+        batch_first_states: bool = False,
     ) -> None: ...
 
     @overload
@@ -308,6 +414,9 @@ class GRU(FusedRNNBase):
         bidirectional: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        learn_initial_state: bool = False,
+        batch_first_states: bool = False,
     ) -> None: ...
 
     @overload
@@ -342,6 +451,9 @@ class RNN(FusedRNNBase):
         bidirectional: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        learn_initial_state: bool = False,
+        batch_first_states: bool = False,
     ) -> None: ...
 
     @overload
