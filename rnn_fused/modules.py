@@ -81,26 +81,40 @@ class FusedRNNBase(RNNBase):
         given = "".join(f", {name}=True" for name in OWN_OPTIONS if getattr(self, name))
         return super().extra_repr() + given
 
-    def forward(self, input: PackedSequence | Tensor, hx: Hidden | None = None) -> Any:
-        states = None if hx is None else self._split_state(hx, isinstance(input, PackedSequence))
+    def forward(
+        self,
+        input: PackedSequence | Tensor,
+        hx: Hidden | None = None,
+        *,
+        resets: PackedSequence | Tensor | None = None,
+        reset_state: Hidden | None = None,
+    ) -> Any:
+        if reset_state is not None and resets is None:
+            raise ValueError(f"{type(self).__name__}: reset_state needs resets, got none")
+        packed = isinstance(input, PackedSequence)
         batched = isinstance(input, PackedSequence) or input.dim() == 3
-        if self.batch_first_states and batched and states is not None:
-            self._check_state_rank(states, 3)
-            states = tuple(state.transpose(0, 1) for state in states)
+        states = self._read_state(hx, packed, batched)
+        reset_states = self._read_state(reset_state, packed, batched)
+        rows = None if resets is None else self._read_resets(resets, input)
         output: PackedSequence | Tensor
         if isinstance(input, PackedSequence):
-            output, states = self._run_packed(input, states)
+            output, states = self._run_packed(input, states, rows, reset_states)
         elif input.dim() == 2:
-            self._check_state_rank(states, 2)
-            if states is not None:
-                states = tuple(state.unsqueeze(1) for state in states)
-            output, states = self._run(input.unsqueeze(1), states, batch=1)
+            for given in (states, reset_states):
+                self._check_state_rank(given, 2)
+            states, reset_states = (
+                None if given is None else tuple(state.unsqueeze(1) for state in given)
+                for given in (states, reset_states)
+            )
+            output, states = self._run(input.unsqueeze(1), states, 1, None, rows, reset_states)
             output = output.squeeze(1)
             states = tuple(state.squeeze(1) for state in states)
         elif input.dim() == 3:
-            self._check_state_rank(states, 3)
+            for given in (states, reset_states):
+                self._check_state_rank(given, 3)
             sequence = input.transpose(0, 1) if self.batch_first else input
-            output, states = self._run(sequence, states, batch=sequence.size(1))
+            batch = sequence.size(1)
+            output, states = self._run(sequence, states, batch, None, rows, reset_states)
             output = output.transpose(0, 1) if self.batch_first else output
         else:
             name = type(self).__name__
@@ -109,7 +123,52 @@ class FusedRNNBase(RNNBase):
             states = tuple(state.transpose(0, 1) for state in states)
         return output, self._join_state(states)
 
-    def step(self, input: Tensor, state: Hidden | None = None) -> tuple[Tensor, Any]:
+    def _read_state(
+        self, hx: Hidden | None, packed: bool, batched: bool
+    ) -> tuple[Tensor, ...] | None:
+        """As (h,) or (h, c), not with the batch first. `packed`, `batched`: how the input comes."""
+        if hx is None:
+            return None
+        states = self._split_state(hx, packed)
+        if self.batch_first_states and batched:
+            self._check_state_rank(states, 3)
+            states = tuple(state.transpose(0, 1) for state in states)
+        return states
+
+    def _read_resets(
+        self, resets: PackedSequence | Tensor, input: PackedSequence | Tensor
+    ) -> Tensor:
+        """As [T, B], or packed [N]."""
+        name = type(self).__name__
+        if isinstance(input, PackedSequence) and isinstance(resets, PackedSequence):
+            expected, given = input.batch_sizes, resets.batch_sizes
+            if not torch.compiler.is_compiling() and not torch.equal(given, expected):
+                raise RuntimeError(
+                    f"{name}: resets must have the batch_sizes of input, {expected.tolist()}, "
+                    f"got {given.tolist()}"
+                )
+            return resets.data
+        if isinstance(input, PackedSequence) or not isinstance(resets, Tensor):
+            form = "PackedSequence" if isinstance(input, PackedSequence) else "Tensor"
+            raise TypeError(
+                f"{name}: resets must be a {form}, as input is, got {type(resets).__name__}"
+            )
+        shape, got = list(input.shape[:-1]), list(resets.shape)
+        if got != shape:
+            axes = "[T]" if input.dim() == 2 else "[B, T]" if self.batch_first else "[T, B]"
+            raise RuntimeError(f"{name}: resets must have shape {axes} = {shape}, got {got}")
+        if input.dim() == 2:
+            return resets.unsqueeze(1)
+        return resets.transpose(0, 1) if self.batch_first else resets
+
+    def step(
+        self,
+        input: Tensor,
+        state: Hidden | None = None,
+        *,
+        resets: Tensor | None = None,
+        reset_state: Hidden | None = None,
+    ) -> tuple[Tensor, Any]:
         """Runs all layers over the next timestep of a stream; equals `forward` over a sequence
         of that one step.
 
@@ -117,6 +176,8 @@ class FusedRNNBase(RNNBase):
             input: x of this step, [B, I]; of a single stream also [I].
             state: the state before the step, in the form of `forward`'s hx (for [I], without the B
                 axis). None begins a stream, as in `forward`.
+            resets: bool [B], or [] of a single stream: which streams begin anew with this step, in
+                reset_state, as in `forward`.
 
         Returns:
             output [B, D*P] or [D*P], and the state after the step, for the next call.
@@ -137,14 +198,20 @@ class FusedRNNBase(RNNBase):
                 "instead"
             )
         time = 1 if self.batch_first and input.dim() == 2 else 0
-        output, state = self(input.unsqueeze(time), state)
+        if resets is not None:
+            resets = resets.unsqueeze(time)
+        output, state = self(input.unsqueeze(time), state, resets=resets, reset_state=reset_state)
         return output.squeeze(time), state
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read the weights where they are."""
 
     def _run_packed(
-        self, input: PackedSequence, states: tuple[Tensor, ...] | None
+        self,
+        input: PackedSequence,
+        states: tuple[Tensor, ...] | None,
+        resets: Tensor | None,
+        reset_states: tuple[Tensor, ...] | None,
     ) -> tuple[PackedSequence, tuple[Tensor, ...]]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         # A traced graph cannot compare the values in batch_sizes with a shape; the op does.
@@ -154,11 +221,17 @@ class FusedRNNBase(RNNBase):
             batch = states[0].size(1)
         else:
             batch = int(batch_sizes[0])
-        if states is not None and sorted_indices is not None:
-            if self.batch_first_states:  # indices would accept L*D > B sequences, as torch.nn does
-                self._check_states(states, self._state_sizes(batch))
-            states = tuple(state.index_select(1, sorted_indices) for state in states)
-        output, states = self._run(data, states, batch, batch_sizes)
+        if sorted_indices is not None:
+            sizes = self._state_sizes(batch)
+            if states is not None:
+                # Indices would accept L*D > B sequences, as in torch.nn.
+                if self.batch_first_states:
+                    self._check_states(states, sizes)
+                states = tuple(state.index_select(1, sorted_indices) for state in states)
+            if reset_states is not None:
+                self._check_states(reset_states, sizes, "reset_state")
+                reset_states = tuple(s.index_select(1, sorted_indices) for s in reset_states)
+        output, states = self._run(data, states, batch, batch_sizes, resets, reset_states)
         if unsorted_indices is not None:
             states = tuple(state.index_select(1, unsorted_indices) for state in states)
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), states
@@ -168,9 +241,12 @@ class FusedRNNBase(RNNBase):
         sequence: Tensor,
         states: tuple[Tensor, ...] | None,
         batch: int,
-        batch_sizes: Tensor | None = None,
+        batch_sizes: Tensor | None,
+        resets: Tensor | None,
+        reset_states: tuple[Tensor, ...] | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Runs all layers over a sequence [T, B, I], or packed [N, I]; each state [L*D, B, P or H].
+        """Runs all layers over a sequence [T, B, I], or packed [N, I]; each state [L*D, B, P or H];
+        resets [T, B], or packed [N].
 
         Dropout falls on the output of each layer but the last, in the layout in which torch.nn
         applies it: the same seed gives the same mask.
@@ -182,20 +258,29 @@ class FusedRNNBase(RNNBase):
             states = self._initial_states(sequence, sizes)
         else:
             self._check_states(states, sizes)
+        if reset_states is not None:
+            self._check_states(reset_states, sizes, "reset_state")
+        elif resets is not None and self.learn_initial_state:
+            reset_states = self._initial_states(sequence, sizes)
 
         initial = [state.chunk(len(weights)) for state in states]
+        after_reset = [state.chunk(len(weights)) for state in reset_states or ()]
         final: list[tuple[Tensor, ...]] = []
         for layer, layer_weights in enumerate(weights):
             if layer > 0:
                 sequence = F.dropout(sequence, self.dropout, self.training)
-            h, *c = (state[layer] for state in initial)
+            hx, *cx = (state[layer] for state in initial)
+            reset_hx, reset_cx, *_ = (*(state[layer] for state in after_reset), None, None)
             sequence, h_n, c_n = ops.layer(
                 sequence,
-                h,
-                c[0] if c else None,
+                hx,
+                cx[0] if cx else None,
                 layer_weights,
                 cell=self.mode.lower(),
                 batch_sizes=batch_sizes,
+                resets=resets,
+                reset_hx=reset_hx,
+                reset_cx=reset_cx,
             )
             final.append((h_n,) if c_n is None else (h_n, c_n))
         if len(final) == 1:
@@ -268,11 +353,14 @@ class FusedRNNBase(RNNBase):
         )
 
     def _check_states(
-        self, states: tuple[Tensor, ...], sizes: tuple[tuple[int, int, int], ...]
+        self,
+        states: tuple[Tensor, ...],
+        sizes: tuple[tuple[int, int, int], ...],
+        what: str = "hidden",
     ) -> None:
         for index, (state, size) in enumerate(zip(states, sizes, strict=True)):
             if state.size() != size:
-                name = "hidden" if len(states) == 1 else f"hidden[{index}]"
+                name = what if len(states) == 1 else f"{what}[{index}]"
                 got = list(state.size())
                 if self.batch_first_states:
                     size, got = (size[1], size[0], size[2]), [got[1], got[0], got[2]]
@@ -321,6 +409,14 @@ class LSTM(FusedRNNBase):
             which is run packed.
         hx: (h_0, c_0), [L*D, B, P] and [L*D, B, H]; zeros, or what was learned, if absent.
             Without the B axis if the input is unbatched.
+        resets, by keyword: bool, [T, B] ([B, T] if batch_first, [T] unbatched), or a
+            `PackedSequence` of bools with the lengths of a packed input. True at (t, b) parts
+            sequence b between timesteps t - 1 and t: what comes before and after is computed, in
+            every layer and both directions, as if it were two sequences, and no gradient crosses.
+            The forward direction goes on at t, the reverse one at t - 1, with reset_state; at
+            t = 0 the forward direction begins with it instead of hx.
+        reset_state, by keyword: the state after resets, in the form of hx; what was learned, or
+            zeros, if absent.
 
     Returns:
         output, (h_n, c_n): [T, B, D*P] in the form of the input; states as the initial ones.
@@ -328,9 +424,10 @@ class LSTM(FusedRNNBase):
     Raises:
         ValueError: input not 2-D or 3-D, its dtype not that of the weights (packed input:
             RuntimeError), or an argument of the constructor out of range: also
-            batch_first_states without batch_first.
-        TypeError: an argument of the constructor of the wrong type.
-        RuntimeError: a size that does not fit; T = 0.
+            batch_first_states without batch_first; reset_state without resets.
+        TypeError: an argument of the constructor of the wrong type; resets not of the input's form.
+        RuntimeError: a size that does not fit; T = 0; resets that are not bool, or on a device
+            without kernels.
         IndexError, TypeError, RuntimeError: hx is one Tensor instead of two, or one in a tuple.
 
     Differences to `torch.nn.LSTM`: `isinstance(module, torch.nn.LSTM)` is False; packed input

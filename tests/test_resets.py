@@ -20,7 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+import rnn_fused
 from rnn_fused import library, ops, reference
 
 
@@ -219,6 +221,170 @@ def test_opcheck(kind: str) -> None:
     arguments = *grads, *frozen.op_arguments, output, *saved, True, True, True, "auto", False
     torch.library.opcheck(library.layer_backward, arguments)
 
+
+# Modules ------------------------------------------------------------------------------------------
+
+
+def two_layers(name: str, **options: Any) -> Any:
+    cls = getattr(rnn_fused, name)
+    return cls(5, 7, num_layers=2, dtype=torch.float64, **options).requires_grad_()
+
+
+def random_state(module: Any, *batch: int) -> Any:
+    rows = 4 if module.bidirectional else 2
+    h = torch.randn(rows, *batch, 7).double()
+    return (h, torch.randn_like(h)) if module.mode == "LSTM" else h
+
+
+def flat(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    return [x for part in output for x in flat(part)]
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    for a, e in zip(flat(actual), flat(expected), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+each_module = pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+
+
+@each_module
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_stacked_layers_equal_splitting_by_hand(name: str, bidirectional: bool) -> None:
+    module = two_layers(name, bidirectional=bidirectional)
+    x, hx, other = torch.randn(9, 1, 5).double(), random_state(module, 1), random_state(module, 1)
+    resets = torch.zeros(9, 1, dtype=torch.bool)
+    resets[4] = True
+
+    def both(begin: Any, end: Any) -> Any:
+        """Of the state's rows, those of the forward direction, and those of the reverse."""
+        if not bidirectional:
+            return begin
+        pairs = zip(flat(begin), flat(end), strict=True)
+        mixed = [torch.stack([a[0], b[1], a[2], b[3]]) for a, b in pairs]
+        return tuple(mixed) if len(mixed) > 1 else mixed[0]
+
+    first, begin_n = module(x[:4], both(hx, other))
+    second, end_n = module(x[4:], both(other, hx))
+    expected = torch.cat([first, second]), both(end_n, begin_n)
+    assert_equal(module(x, hx, resets=resets, reset_state=other), expected)
+
+
+@each_module
+def test_layouts(name: str) -> None:
+    module = two_layers(name, bidirectional=True)
+    x, resets = torch.randn(6, 3, 5).double(), torch.rand(6, 3) < 0.4
+    hx, other = random_state(module, 3), random_state(module, 3)
+    output, state = module(x, hx, resets=resets, reset_state=other)
+
+    batch_first = two_layers(name, bidirectional=True, batch_first=True)
+    batch_first.load_state_dict(module.state_dict())
+    transposed, same_state = batch_first(x.transpose(0, 1), hx, resets=resets.T, reset_state=other)
+    assert_equal((transposed.transpose(0, 1), same_state), (output, state))
+
+    def of(s: Any, b: int) -> Any:
+        return tuple(part[:, b] for part in s) if isinstance(s, tuple) else s[:, b]
+
+    alone = module(x[:, 1], of(hx, 1), resets=resets[:, 1], reset_state=of(other, 1))
+    assert_equal(alone, (output[:, 1], of(state, 1)))
+
+    lengths = [2, 6, 4]
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    flags = pack_padded_sequence(resets, lengths, enforce_sorted=False)
+    result, final = module(packed, hx, resets=flags, reset_state=other)
+    padded, _ = pad_packed_sequence(result)
+    for b, length in enumerate(lengths):
+        piece = x[:length, b], of(hx, b)
+        expected = module(*piece, resets=resets[:length, b], reset_state=of(other, b))
+        assert_equal((padded[:length, b], of(final, b)), expected)
+
+
+@each_module
+def test_steps_with_resets_make_a_sequence(name: str) -> None:
+    module = two_layers(name)
+    x, resets = torch.randn(6, 3, 5).double(), torch.rand(6, 3) < 0.4
+    expected, final = module(x, resets=resets)
+    outputs, state = [], None
+    for t in range(6):
+        output, state = module.step(x[t], state, resets=resets[t])
+        outputs.append(output)
+    assert_equal((torch.stack(outputs), state), (expected, final))
+    single, _ = module.step(x[0, 0], resets=torch.tensor(True))
+    assert_equal(single, expected[0, 0])
+
+
+@each_module
+def test_resets_to_the_learned_state(name: str) -> None:
+    module = two_layers(name, learn_initial_state=True)
+    learned = [p for n, p in module.named_parameters() if n.startswith("initial")]
+    for p in learned:
+        torch.nn.init.normal_(p)
+    x, resets = torch.randn(6, 3, 5).double(), torch.zeros(6, 3, dtype=torch.bool)
+    resets[3] = True
+    output, _ = module(x, resets=resets)
+    assert_equal(output, torch.cat([module(x[:3])[0], module(x[3:])[0]]))
+    gradients = torch.autograd.grad(output[3:].sum(), learned)
+    assert_equal(gradients, torch.autograd.grad(module(x[3:])[0].sum(), learned))
+
+
+@pytest.mark.own_ops
+def test_a_module_compiles_to_one_graph() -> None:
+    torch._dynamo.reset()
+    module = two_layers("GRU")
+    fast = torch.compile(module, backend="aot_eager", fullgraph=True)
+    x, resets = torch.randn(6, 3, 5).double(), torch.rand(6, 3) < 0.4
+    assert_equal(fast(x, resets=resets), module(x, resets=resets))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda m, x: m(x, reset_state=torch.zeros(2, 3, 7).double()),
+            ValueError,
+            "GRU: reset_state needs resets, got none",
+        ),
+        (
+            lambda m, x: m(x, resets=torch.zeros(3, 6).bool()),
+            RuntimeError,
+            r"GRU: resets must have shape \[T, B\] = \[6, 3\], got \[3, 6\]",
+        ),
+        (
+            lambda m, x: m(x, resets=[True]),
+            TypeError,
+            "GRU: resets must be a Tensor, as input is, got list",
+        ),
+        (
+            lambda m, x: m(
+                x, resets=torch.zeros(6, 3).bool(), reset_state=torch.zeros(1, 3, 7).double()
+            ),
+            RuntimeError,
+            r"Expected reset_state size \(2, 3, 7\), got \[1, 3, 7\]",
+        ),
+        (
+            lambda m, x: m(x, resets=torch.zeros(6, 3)),
+            RuntimeError,
+            "resets must be bool, on the device of input .* got Float",
+        ),
+        (
+            lambda m, x: m(
+                pack_padded_sequence(x, [6, 4, 4]),
+                resets=pack_padded_sequence(torch.zeros(6, 3).bool(), [6, 4, 3]),
+            ),
+            RuntimeError,
+            "resets must have the batch_sizes of input, .* got",
+        ),
+    ],
+)
+@pytest.mark.own_ops
+def test_mistakes_of_a_module(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(two_layers("GRU"), torch.randn(6, 3, 5).double())
+
+
+# Errors of the op ---------------------------------------------------------------------------------
 
 MISTAKES = {
     "dtype": (lambda p: replace(p, resets=p.resets.int()), "resets must be bool.*got Int"),
