@@ -3,7 +3,7 @@
 # The op library links against torch's shared objects: torch must be loaded first.
 import torch  # noqa: F401
 
-from . import init, ops, reference
+from . import diagnostics, init, ops, reference
 from .build_info import build_info
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import convert, revert
@@ -26,6 +26,7 @@ __all__ = [
     "build_info",
     "convert",
     "detach_state",
+    "diagnostics",
     "explain",
     "init",
     "kernels",

@@ -151,7 +151,7 @@ def _weights(module: nn.Module, kind: str) -> list[Tensor]:
     for name in names:
         if parametrize.is_parametrized(module, name):
             raise ValueError(
-                f"{name} is parametrized and cannot be changed in place: initialise the module before"
+                f"{name} is parametrized, so it cannot be changed in place: initialise it before"
             )
     return [getattr(module, name) for name in names]
 
