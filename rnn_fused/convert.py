@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from . import cells, modules
+from .base import OWN_OPTIONS
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTM: modules.LSTM,
@@ -135,7 +136,7 @@ def _obstacle(module: nn.Module, table: Mapping[type[nn.Module], type[nn.Module]
         return f"{cls.__qualname__} is a subclass of {base.__name__}: its code may rely on the base"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    for option in modules.OWN_OPTIONS:
+    for option in OWN_OPTIONS:
         if getattr(module, option, False):
             return f"torch.nn has no {option}=True"
     return None

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .modules import FusedRNNBase, Hidden
+from .base import FusedRNNBase, Hidden
 from .ops import LayerWeights
 
 
