@@ -11,13 +11,13 @@ from torch import Tensor, nn
 import rnn_fused
 from rnn_fused.bench.timer import Settings, interleave
 
-T, B, I, H = 64, 128, 64, 256  # noqa: E741 the sizes of the rl grid
-SETTINGS = Settings(budget_s=4)
+SIZES = [(64, 128, 64, 256), (128, 8, 16, 64)]  # T, B, I, H: of the rl grid, and a small policy
+SETTINGS = Settings(budget_s=3)
 
 
 def loop_over_cell(cell: nn.LSTMCell, x: Tensor, resets: Tensor) -> Tensor:
     keep = (~resets).unsqueeze(-1).to(x.dtype)
-    h = c = x.new_zeros(B, H)
+    h = c = x.new_zeros(x.size(1), cell.hidden_size)
     outputs = []
     for x_t, keep_t in zip(x, keep, strict=True):
         h, c = cell(x_t, (h * keep_t, c * keep_t))
@@ -25,8 +25,12 @@ def loop_over_cell(cell: nn.LSTMCell, x: Tensor, resets: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.01, 0.1], ids=lambda p: f"reset_p={p}")
-def test_training_with_resets(benchmark: BenchmarkFixture, p: float) -> None:
+def test_training_with_resets(
+    benchmark: BenchmarkFixture, p: float, sizes: tuple[int, int, int, int]
+) -> None:
+    T, B, I, H = sizes  # noqa: E741
     torch.manual_seed(0)
     layer, cell = rnn_fused.LSTM(I, H), nn.LSTMCell(I, H)
     with torch.no_grad():
