@@ -124,6 +124,18 @@ def test_shapes(
     check(problem(cell, **sizes, dtype=dtype, device=device), family, precision)
 
 
+@each_kind
+@each_family
+@each_precision
+@pytest.mark.parametrize("lengths", [None, (9, 9, 5, 4, 1)], ids=["dense", "packed"])
+def test_resets(
+    kind: str, family: str, precision: str, lengths: tuple[int, ...] | None, device: str
+) -> None:
+    sizes = {"T": 9, "B": 5, "I": 12, "H": 40, "lengths": lengths, "directions": 2}
+    options = {"resets": 0.3, "reset_state": True, "dtype": PRECISIONS[precision], "device": device}
+    check(problem(**KINDS[kind], **sizes, **options), family, precision)
+
+
 @each_family
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_without_biases_and_with_one_length(cell: str, family: str, device: str) -> None:
