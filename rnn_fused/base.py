@@ -94,14 +94,14 @@ class FusedRNNBase(RNNBase):
         packed = isinstance(input, PackedSequence)
         batched = isinstance(input, PackedSequence) or input.dim() == 3
         states = self._read_state(hx, packed, batched)
-        reset_states = self._read_state(reset_state, packed, batched)
+        reset_states = self._read_state(reset_state, packed, batched, "reset_state")
         rows = None if resets is None else self._read_resets(resets, input)
         output: PackedSequence | Tensor
         if isinstance(input, PackedSequence):
             output, states = self._run_packed(input, states, rows, reset_states)
         elif input.dim() == 2:
-            for given in (states, reset_states):
-                self._check_state_rank(given, 2)
+            self._check_state_rank(states, 2)
+            self._check_state_rank(reset_states, 2, "reset_state")
             states, reset_states = (
                 None if given is None else tuple(state.unsqueeze(1) for state in given)
                 for given in (states, reset_states)
@@ -110,8 +110,8 @@ class FusedRNNBase(RNNBase):
             output = output.squeeze(1)
             states = tuple(state.squeeze(1) for state in states)
         elif input.dim() == 3:
-            for given in (states, reset_states):
-                self._check_state_rank(given, 3)
+            self._check_state_rank(states, 3)
+            self._check_state_rank(reset_states, 3, "reset_state")
             sequence = input.transpose(0, 1) if self.batch_first else input
             batch = sequence.size(1)
             output, states = self._run(sequence, states, batch, None, rows, reset_states)
@@ -124,14 +124,14 @@ class FusedRNNBase(RNNBase):
         return output, self._join_state(states)
 
     def _read_state(
-        self, hx: Hidden | None, packed: bool, batched: bool
+        self, hx: Hidden | None, packed: bool, batched: bool, what: str = "hx"
     ) -> tuple[Tensor, ...] | None:
         """As (h,) or (h, c), not with the batch first. `packed`, `batched`: how the input comes."""
         if hx is None:
             return None
-        states = self._split_state(hx, packed)
+        states = self._split_state(hx, packed, what)
         if self.batch_first_states and batched:
-            self._check_state_rank(states, 3)
+            self._check_state_rank(states, 3, what)
             states = tuple(state.transpose(0, 1) for state in states)
         return states
 
@@ -141,12 +141,15 @@ class FusedRNNBase(RNNBase):
         """As [T, B], or packed [N]."""
         name = type(self).__name__
         if isinstance(input, PackedSequence) and isinstance(resets, PackedSequence):
-            expected, given = input.batch_sizes, resets.batch_sizes
-            if not torch.compiler.is_compiling() and not torch.equal(given, expected):
-                raise RuntimeError(
-                    f"{name}: resets must have the batch_sizes of input, {expected.tolist()}, "
-                    f"got {given.tolist()}"
-                )
+            for what in ("batch_sizes", "sorted_indices"):
+                expected, given = getattr(input, what), getattr(resets, what)
+                if expected is None or given is None or torch.compiler.is_compiling():
+                    continue
+                if not torch.equal(given, expected):
+                    raise RuntimeError(
+                        f"{name}: resets must have the {what} of input, {expected.tolist()}, "
+                        f"got {given.tolist()}"
+                    )
             return resets.data
         if isinstance(input, PackedSequence) or not isinstance(resets, Tensor):
             form = "PackedSequence" if isinstance(input, PackedSequence) else "Tensor"
@@ -199,6 +202,13 @@ class FusedRNNBase(RNNBase):
             )
         time = 1 if self.batch_first and input.dim() == 2 else 0
         if resets is not None:
+            shape = list(input.shape[:-1])
+            if not isinstance(resets, Tensor):
+                raise TypeError(f"{name}: resets must be a Tensor, got {type(resets).__name__}")
+            if list(resets.shape) != shape:
+                raise RuntimeError(
+                    f"{name}: resets of a step must have shape {shape}, got {list(resets.shape)}"
+                )
             resets = resets.unsqueeze(time)
         output, state = self(input.unsqueeze(time), state, resets=resets, reset_state=reset_state)
         return output.squeeze(time), state
@@ -302,11 +312,11 @@ class FusedRNNBase(RNNBase):
             return tuple(s.unsqueeze(1).expand(z) for s, z in zip(learned, sizes, strict=True))
         return tuple(sequence.new_zeros(size) for size in sizes)
 
-    def _split_state(self, hx: Hidden, packed: bool) -> tuple[Tensor, ...]:
+    def _split_state(self, hx: Hidden, packed: bool, what: str = "hx") -> tuple[Tensor, ...]:
         """The state as a tuple, (h,) or (h, c); `packed` tells how the input comes."""
         if not isinstance(hx, Tensor):
             name = type(self).__name__
-            raise AttributeError(f"{name}: hx must be a Tensor, got {type(hx).__name__}")
+            raise AttributeError(f"{name}: {what} must be a Tensor, got {type(hx).__name__}")
         return (hx,)
 
     def _join_state(self, states: tuple[Tensor, ...]) -> Hidden:
@@ -342,11 +352,13 @@ class FusedRNNBase(RNNBase):
         if not packed and sequence.size(0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN, got 0")
 
-    def _check_state_rank(self, states: tuple[Tensor, ...] | None, rank: int) -> None:
+    def _check_state_rank(
+        self, states: tuple[Tensor, ...] | None, rank: int, what: str = "hx"
+    ) -> None:
         if states is None or all(state.dim() == rank for state in states):
             return
         batched = "batched" if rank == 3 else "unbatched"
-        name = "hx" if len(states) == 1 else "hx and cx"
+        name = "hx and cx" if what == "hx" and len(states) == 2 else what
         got = " and ".join(f"{state.dim()}-D" for state in states)
         raise RuntimeError(
             f"For {batched} {rank}-D input, {name} should also be {rank}-D but got {got}"

@@ -80,7 +80,8 @@ def gradient_flow(
     through h_t.
 
     The module runs step by step, one op call each, as it would in `forward`: with its dropout if it
-    is in training. Exact, but much slower than `forward`. Nothing of the module changes: neither
+    is in training. Exact up to rounding (c of a 16-bit LSTM is rounded at every step, not so in
+    `forward`), but much slower than `forward`. Nothing of the module changes: neither
     weights nor their `.grad`, nor its mode.
 
     Args:

@@ -27,7 +27,7 @@ def kernels(family: str) -> Iterator[None]:
 
     - "auto": the plan chooses, see `rnn_fused.explain`.
     - "stepwise": a product and a fused kernel for each timestep; any sizes, dtypes, projections.
-    - "persistent": one launch for all timesteps, weights kept in registers.
+    - "persistent": one launch for all timesteps, weights kept on the chip.
     - "cudnn": torch's own op, which runs cuDNN where that can. For comparisons: torch.nn's modules
       keep their weights in one piece, which spares cuDNN a copy of them at every call.
 

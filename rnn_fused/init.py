@@ -16,7 +16,6 @@ from typing import TypeVar
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.modules.rnn import RNNBase
-from torch.nn.utils import parametrize
 
 from . import cells
 
@@ -149,7 +148,7 @@ def _weights(module: nn.Module, kind: str) -> list[Tensor]:
         directions = ("", "_reverse") if module.bidirectional else ("",)
         names = [f"{kind}_l{k}{d}" for k in range(module.num_layers) for d in directions]
     for name in names:
-        if parametrize.is_parametrized(module, name):
+        if name not in module._parameters:  # but computed: a parametrization, weight_norm
             raise ValueError(
                 f"{name} is parametrized, so it cannot be changed in place: initialise it before"
             )

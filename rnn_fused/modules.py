@@ -91,20 +91,20 @@ class LSTM(FusedRNNBase):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
-    def _split_state(self, hx: Hidden, packed: bool) -> tuple[Tensor, ...]:
+    def _split_state(self, hx: Hidden, packed: bool, what: str = "hx") -> tuple[Tensor, ...]:
         if isinstance(hx, Tensor):
             # The type in which torch.nn.LSTM fails: its op refuses a Tensor, unless indexing it
             # or the check of its rank failed before.
             error = TypeError if packed else IndexError if len(hx) < 2 else RuntimeError
-            raise error(f"LSTM: hx must be the pair (h_0, c_0), got a Tensor {list(hx.shape)}")
+            raise error(f"LSTM: {what} must be the pair (h_0, c_0), got a Tensor {list(hx.shape)}")
         for index, state in enumerate(hx):
             if not isinstance(state, Tensor):
                 raise AttributeError(
-                    f"LSTM: hx[{index}] must be a Tensor, got {type(state).__name__}"
+                    f"LSTM: {what}[{index}] must be a Tensor, got {type(state).__name__}"
                 )
         if len(hx) != 2:
             error = IndexError if len(hx) < 2 else RuntimeError
-            raise error(f"LSTM: hx must be the pair (h_0, c_0), got {len(hx)} values")
+            raise error(f"LSTM: {what} must be the pair (h_0, c_0), got {len(hx)} values")
         return tuple(hx)
 
     def _join_state(self, states: tuple[Tensor, ...]) -> Hidden:

@@ -44,6 +44,11 @@ def layer(
     """
     if cell not in library.GATES:
         raise ValueError(f"[layer] cell must be one of {[*library.GATES]}, got {cell!r}")
+    if resets is None and (reset_hx is not None or reset_cx is not None):
+        raise RuntimeError(f"[{cell}] reset_hx and reset_cx need resets, got none")
+    if (reset_cx is not None) != (reset_hx is not None and cell == "lstm"):
+        rule = "given with reset_hx" if reset_hx is not None and cell == "lstm" else "absent"
+        raise RuntimeError(f"[{cell}] reset_cx must be {rule}")
     device = input.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         primals = input, hx, cx, reset_hx, reset_cx
@@ -70,9 +75,9 @@ def layer(
         kernels = families.forced()
         allow_tf32 = input.dtype == torch.float32 and families.allows_tf32()
         if kernels == "cudnn":
-            if resets is not None:
-                raise RuntimeError(f'[{cell}] kernels("cudnn") cannot run resets')
             if not transformed:
+                if resets is not None:
+                    raise RuntimeError(f'[{cell}] kernels("cudnn") cannot run resets')
                 return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
             kernels = "auto"  # torch.func's transforms have no rules for torch's op
 
@@ -123,6 +128,7 @@ def _torch_layer(
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """torch's own op: cuDNN's, or for the devices that have no fused kernels."""
+    hx, cx = hx.contiguous(), None if cx is None else cx.contiguous()  # cuDNN asks for it
     bidirectional = len(weights.weight_ih) == 2
     flat = [field[d] for d in range(1 + bidirectional) for field in weights if field]
     state = hx if cx is None else (hx, cx)

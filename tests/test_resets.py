@@ -370,6 +370,27 @@ def test_a_module_compiles_to_one_graph() -> None:
             RuntimeError,
             "resets must have the batch_sizes of input, .* got",
         ),
+        (
+            lambda m, x: m(
+                pack_padded_sequence(x, [2, 6, 4], enforce_sorted=False),
+                resets=pack_padded_sequence(
+                    torch.zeros(6, 3).bool(), [6, 2, 4], enforce_sorted=False
+                ),
+            ),
+            RuntimeError,
+            "resets must have the sorted_indices of input, .* got",
+        ),
+        (lambda m, x: m.step(x[0], resets=True), TypeError, "resets must be a Tensor, got bool"),
+        (
+            lambda m, x: m.step(x[0], resets=torch.tensor(True)),
+            RuntimeError,
+            r"resets of a step must have shape \[3\], got \[\]",
+        ),
+        (
+            lambda m, x: m(x, resets=torch.zeros(6, 3).bool(), reset_state=torch.zeros(2, 7)),
+            RuntimeError,
+            "reset_state should also be 3-D but got 2-D",
+        ),
     ],
 )
 @pytest.mark.own_ops
@@ -396,6 +417,14 @@ MISTAKES = {
         r"reset_hx must have shape \[D, B, P\] = \[1, 2, 4\], got \[1, 2, 5\]",
     ),
 }
+
+
+@pytest.mark.parametrize("mistake", ["state without resets", "half a state"])
+def test_a_reset_state_alone_is_no_transforms_secret(mistake: str) -> None:
+    make, message = MISTAKES[mistake]
+    case = make(problem("lstm", resets=0.4, reset_state=True, requires_grad=False))
+    with pytest.raises(RuntimeError, match=message), torch.autograd.forward_ad.dual_level():
+        case.run(ops.layer)
 
 
 @pytest.mark.own_ops

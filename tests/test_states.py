@@ -404,3 +404,18 @@ def test_step_compiles_to_one_graph(kind: str) -> None:
     x = torch.randn(3, INPUT, dtype=torch.float64)
     for state in (None, ours.step(x)[1]):
         torch.testing.assert_close(tensors(compiled(x, state)), tensors(ours.step(x, state)))
+
+
+def test_torchs_own_op_is_given_contiguous_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's refuses others, such as one state for all sequences."""
+    monkeypatch.setattr(rnn_fused.families, "has_kernels", lambda *_: False)
+    given, lstm = [], torch._VF.lstm
+    monkeypatch.setattr(
+        torch._VF, "lstm", lambda x, states, *rest: given.extend(states) or lstm(x, states, *rest)
+    )
+    module = rnn_fused.LSTM(3, 4, 2, batch_first=True, learn_initial_state=True)
+    module(torch.randn(5, 6, 3))
+    module = rnn_fused.LSTM(3, 4, 2, batch_first=True, batch_first_states=True)
+    module(torch.randn(5, 6, 3), (torch.zeros(5, 2, 4), torch.zeros(5, 2, 4)))
+    assert len(given) == 8
+    assert all(state.is_contiguous() for state in given)

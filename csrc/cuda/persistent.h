@@ -1,4 +1,5 @@
-// The persistent kernels: one cooperative launch for all timesteps of all directions.
+// The persistent kernels: one cooperative launch for all timesteps, of all directions or of
+// each.
 //
 // In the params, batch_sizes and row_start point to device memory, as every other pointer does.
 // input_in_gates is true: `gates` holds W_ih x on entry. Nothing here waits for the device, and all

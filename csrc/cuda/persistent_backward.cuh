@@ -64,24 +64,23 @@ class Backward {
 
   __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
     const bool down = direction_ == 0;
-    const int64_t step = down ? -1 : 1;  // from timestep to timestep
     Step now = step_at(p_, down, 0), next = step_at(p_, down, 1);
-    int64_t t = down ? p_.T - 1 : 0;
-    load_saved(now, next, 0, t);
-    for (int64_t s = 0; s < p_.T; ++s, t += step) {
+    load_saved(now, next, 0);
+    for (int64_t s = 0; s < p_.T; ++s) {
+      const Step border = down ? now : next;
       for (int first = 0; first < now.active; first += tile_) {
-        if (first > 0) load_saved(now, next, first, t);
-        differentiate(now, first, t);
+        if (first > 0) load_saved(now, next, first);
+        differentiate(now, border, first);
       }
       const Step after = step_at(p_, down, s + 2);
       barrier.arrive();
-      load_saved(next, after, 0, t + step);
+      load_saved(next, after, 0);
       barrier.wait();
       for (int first = 0; first < now.active; first += tile_) {
         if (first > 0) __syncthreads();  // the sums of the pass before have been read
         multiply(now, first);
         __syncthreads();
-        add_product(now, first, t);
+        add_product(now, border, first);
       }
       now = next;
       next = after;
@@ -102,12 +101,13 @@ class Backward {
   }
 
   // `before`: the step that the forward pass made before `step`.
-  __device__ __forceinline__ void load_saved(Step step, Step before, int first, int64_t t) {
+  __device__ __forceinline__ void load_saved(Step step, Step before, int first) {
+    const Step border = direction_ == 0 ? step : before;
     Owned::for_sequences(owns() ? pass_size(step.active, first, tile_) : 0, [&](int i, int b) {
       const int sequence = first + b;
       const int64_t row = step.row + sequence;
       const int64_t row_before = before.row + sequence, initial = sequence * p_.H + unit_;
-      const bool reset = p_.enters_reset(direction_, t, sequence);
+      const bool reset = is_reset(p_, border, sequence);
       const bool begins = reset || sequence >= before.active;
       Saved& saved = saved_[i];
       saved.grad_output = value_or_zero<T>(dir_.grad_output, row * p_.output_stride + unit_);
@@ -135,7 +135,7 @@ class Backward {
 
   // From the gradient of h to those of the pre-activations. What reaches the h before without W_hh
   // stays in dh.
-  __device__ __forceinline__ void differentiate(Step now, int first, int64_t t) {
+  __device__ __forceinline__ void differentiate(Step now, Step border, int first) {
     Owned::for_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int i, int b) {
       const int sequence = first + b;
       const Saved& saved = saved_[i];
@@ -152,7 +152,7 @@ class Backward {
         put(2, g.gates.g);
         put(3, g.gates.o);
         dc = g.c_prev;
-        if (p_.enters_reset(direction_, t, sequence)) end_at_reset(dir_.grad_reset_c, sequence, dc);
+        if (is_reset(p_, border, sequence)) end_at_reset(dir_.grad_reset_c, sequence, dc);
         dh = 0;
       } else if constexpr (kGru) {
         const GruGates<float> a = {saved.gates[0], saved.gates[1], saved.gates[2], saved.gates[3]};
@@ -179,13 +179,13 @@ class Backward {
         sums_ + threadIdx.x / 32 * tile_ * kPitch);
   }
 
-  __device__ __forceinline__ void add_product(Step now, int first, int64_t t) {
+  __device__ __forceinline__ void add_product(Step now, Step border, int first) {
     Owned::for_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int, int b) {
       float sums[1] = {};
       add_sums(sums_, tile_, kPitch, b, Owned::unit(), sums);
       float& dh = dh_[(first + b) * kUnits + Owned::unit()];
       dh += sums[0];
-      if (p_.enters_reset(direction_, t, first + b)) end_at_reset(dir_.grad_reset_h, first + b, dh);
+      if (is_reset(p_, border, first + b)) end_at_reset(dir_.grad_reset_h, first + b, dh);
     });
   }
 

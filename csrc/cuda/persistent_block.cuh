@@ -24,6 +24,12 @@ __device__ inline Step step_at(const LayerShape& shape, bool down, int64_t s) {
   return {static_cast<int>(shape.active(t)), shape.row(t)};
 }
 
+// Whether a sequence comes to a step with the reset state. border: of this step and the one that
+// the forward pass made before it, the later one in time.
+__device__ inline bool is_reset(const LayerShape& shape, Step border, int sequence) {
+  return shape.resets && sequence < border.active && shape.resets[border.row + sequence];
+}
+
 // Sequences of the pass that begins with `first`.
 __device__ inline int pass_size(int active, int first, int tile) {
   return min(tile, active - first);

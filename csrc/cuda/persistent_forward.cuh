@@ -63,16 +63,16 @@ class Forward {
     Step before = {0, 0}, now = step_at(p_, down, 0);
     load_input(now, 0);
     for (int64_t s = 0; s < p_.T; ++s) {
-      const int64_t t = down ? p_.T - 1 - s : s;
+      const Step border = down ? before : now;
       const Step next = step_at(p_, down, s + 1);
       for (int first = 0; first < now.active; first += tile_) {
         if (first > 0) {
           __syncthreads();  // the sums of the pass before have been read
           load_input(now, first);
         }
-        multiply(before, now, first, t);
+        multiply(before, now, border, first);
         __syncthreads();
-        activate(now, next, first, t);
+        activate(now, next, border, first);
       }
       if (s + 1 == p_.T) break;
       barrier.arrive();
@@ -116,12 +116,12 @@ class Forward {
 
   // W_hh h of one pass. A sequence that was there in the step before has its h in the output; one
   // that begins now has it in h0, and one that was reset in reset_h.
-  __device__ __forceinline__ void multiply(Step before, Step now, int first, int64_t t) {
+  __device__ __forceinline__ void multiply(Step before, Step now, Step border, int first) {
     product_.multiply(
         pass_size(now.active, first, tile_),
         [&](int b) {
           const int sequence = first + b;
-          if (p_.enters_reset(direction_, t, sequence))
+          if (is_reset(p_, border, sequence))
             return static_cast<const T*>(dir_.reset_h) + sequence * p_.H;
           return sequence < before.active ? output() + (before.row + sequence) * p_.output_stride
                                           : static_cast<const T*>(dir_.h0) + sequence * p_.H;
@@ -129,12 +129,12 @@ class Forward {
         [](int) { return 0; }, sums_ + threadIdx.x / 32 * tile_ * kPitch);
   }
 
-  __device__ __forceinline__ void activate(Step now, Step next, int first, int64_t t) {
+  __device__ __forceinline__ void activate(Step now, Step next, Step border, int first) {
     Owned::for_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int i, int b) {
       const int sequence = first + b;
       const int64_t row = now.row + sequence;
       float* const state = state_ + sequence * kUnits + Owned::unit();
-      if ((kLstm || kGru) && p_.enters_reset(direction_, t, sequence))
+      if ((kLstm || kGru) && is_reset(p_, border, sequence))
         *state = value_or_zero<T>(kLstm ? dir_.reset_c : dir_.reset_h, sequence * p_.H + unit_);
       float sums[G] = {};
       add_sums(sums_, tile_, kPitch, b, Owned::unit(), sums);

@@ -231,7 +231,7 @@ class Product {
   // on the way from L2 and sums of the tiles that go together, where one tile has fewer k-blocks
   // than should be on the way. Most that compiles without a spill; rows that are not aligned are
   // gathered with more addresses.
-  static constexpr int kRegisters = kOctets == 1 ? 144 : kAligned ? 160 : 152;
+  static constexpr int kRegisters = kOctets == 1 ? 144 : kAligned ? 160 : 136;
   static constexpr int kWeights = kInRegisters * kOctets * kColumns * Eight<T>::kWords;
   static constexpr int kOperand = Policy::kRows * Eight<T>::kWords;
   static constexpr int kInFlight = std::clamp(

@@ -24,14 +24,13 @@ enum class Precision { exact, tf32 };
 struct CudaPlan {
   Family family = Family::stepwise;
   // Of the persistent kernels; all 0 for the stepwise ones.
-  int units = 0;     // hidden units of a block
-  int warps = 0;     // of a block
-  int k_blocks = 0;  // runs of 32 of h that a warp multiplies
-  int register_blocks =
-      0;               // whose weights stay in registers; those of the rest do in shared memory
-  int batch_tile = 0;  // sequences of a pass
-  int launches = 0;    // 2: one direction after the other
-  int64_t blocks = 0;  // of a launch
+  int units = 0;             // hidden units of a block
+  int warps = 0;             // of a block
+  int k_blocks = 0;          // runs of 32 of h that a warp multiplies
+  int register_blocks = 0;   // with weights in registers; the rest have theirs in shared memory
+  int batch_tile = 0;        // sequences of a pass
+  int launches = 0;          // 2: one direction after the other
+  int64_t blocks = 0;        // of a launch
   int64_t shared_bytes = 0;  // of a block
   std::string why;           // the limit that rules out the persistent kernels; empty for those
 };

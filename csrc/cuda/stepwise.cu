@@ -89,10 +89,10 @@ class Forward {
     T* h = nullptr;       // [B, P] before the step; with resets
 
     void take(Carver& carver, const LayerShape& s) {
-      if (s.resets) h = carver.take<T>(s.B * s.P);
       sums = carver.take<A>(s.B * kGates * s.H);
       if (kLstm) c = carver.take<A>(s.B * s.H);
       if (s.projected()) hidden = carver.take<T>(s.B * s.H);
+      if (s.resets) h = carver.take<T>(s.B * s.P);
     }
   };
 
@@ -316,10 +316,7 @@ void gather(const BackwardParams& p, int d, T* out, cudaStream_t stream) {
   const auto copy = [&](const T* from, int64_t stride, int64_t row, int64_t rows) {
     convert(from, stride, out + row * p.P, p.P, rows, p.P, stream);
   };
-  for (int64_t t = 0; p.resets && t < p.T; ++t)
-    launch_for(p.active(t) * p.P, copy_previous<T>, stream, p.active(t),
-               previous_h<T>(p, p.output_stride, output, dir, d, t), out + p.row(t) * p.P);
-  for (int64_t t = 0; !p.resets && t < p.T; ++t) {
+  for (int64_t t = 0; t < p.T; ++t) {
     const auto [row_before, known] = before(p, d, t);
     const int64_t row = p.row(t), count = p.active(t);
     copy(h0 + known * p.P, p.P, row + known, count - known);
@@ -327,6 +324,17 @@ void gather(const BackwardParams& p, int d, T* out, cudaStream_t stream) {
     const bool first_known = !p.batch_sizes && t == (d == 0 ? 1 : 0);
     const int64_t rows = p.batch_sizes ? known : first_known ? (p.T - 1) * p.B : 0;
     copy(output + row_before * p.output_stride, p.output_stride, row, rows);
+  }
+  if (!p.resets) return;
+  // Dense, the borders of all steps lie as far from their rows; ragged, each step has its own.
+  const ResetRows<T> all = {
+      (p.T - d) * p.B, p.P, p.B, p.resets + d * p.B, static_cast<const T*>(dir.reset_h), out};
+  if (!p.batch_sizes) return launch_for(all.rows * p.P, replace_reset_rows<T>, stream, all);
+  for (int64_t t = 0; t < p.T; ++t) {
+    const Resets resets = entering_resets(p, d, t);
+    launch_for(resets.count * p.P, replace_reset_rows<T>, stream,
+               ResetRows<T>{resets.count, p.P, p.B, resets.flags,
+                            static_cast<const T*>(dir.reset_h), out + p.row(t) * p.P});
   }
 }
 

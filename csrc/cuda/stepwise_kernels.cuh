@@ -175,6 +175,22 @@ __global__ void __launch_bounds__(kStepThreads)
   out[i] = from_acc<T>(from.at(i / from.columns, i % from.columns));
 }
 
+// Rows of sequences 0 to B - 1 in turn, of which those with a flag become the reset state.
+template <class T>
+struct ResetRows {
+  int64_t rows, columns, B;
+  const bool* flags;  // [rows]
+  const T* reset;     // [B, columns]
+  T* out;             // [rows, columns]
+};
+
+template <class T>
+__global__ void __launch_bounds__(kStepThreads) replace_reset_rows(ResetRows<T> p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t row = i / p.columns;
+  if (row < p.rows && p.flags[row]) p.out[i] = p.reset[row % p.B * p.columns + i % p.columns];
+}
+
 // What reaches the state before a step, where that is the reset state: added to `sums`, and not
 // passed on.
 template <class A>

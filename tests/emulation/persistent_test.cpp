@@ -63,13 +63,10 @@ CudaPlan plan_of(const Case& c, const LayerShape& shape, bool backward) {
   return plan;
 }
 
+// Whether the emulation has room for all blocks.
 bool fits(const Case& c) {
   const LayerShape shape = {c.cell, c.dtype, c.T, c.B, c.H, c.H, c.directions, nullptr, nullptr};
-  for (bool backward : {false, true}) {
-    const CudaPlan plan = plan_cuda(shape, c.precision, c.gpu, backward);
-    if (plan.family != Family::persistent || plan.blocks > kMaxBlocks) return false;
-  }
-  return true;
+  return plan_of(c, shape, false).blocks <= kMaxBlocks;
 }
 
 void check_case(const Case& c, uint64_t seed) {
@@ -118,7 +115,7 @@ void check_case(const Case& c, uint64_t seed) {
   emulation::set_seed(0);
 }
 
-// With other sizes and options each time, as far as the GPU and the emulation have room.
+// With other sizes and options each time.
 void check_cells(DType dtype, Precision precision, int64_t H, std::initializer_list<Cell> cells,
                  std::initializer_list<int64_t> batches, std::initializer_list<int64_t> steps,
                  const GpuProperties& gpu, Random& random) {
@@ -167,19 +164,21 @@ TEST_CASE("persistent kernels with four k-blocks equal the CPU core") {
 
 // Of LSTMs in float32, which have the fewest weights in registers, some are in shared memory.
 TEST_CASE("wide blocks, and one direction after the other, equal the CPU core") {
-  check_all({300}, {1, kLargeBatch}, {1, 3}, 7, kSmall);
+  check_all({300, 304}, {1, kLargeBatch}, {1, 3}, 7, kSmall);
 }
 
+#ifndef __SANITIZE_THREAD__  // more blocks than it has room for
 TEST_CASE("wide blocks with weights in shared memory equal the CPU core") {
   Random random(8);
   const auto check = [&](DType dtype, Precision precision, int64_t H, Cell cell) {
     check_cells(dtype, precision, H, {cell}, {3}, {2}, kH100, random);
   };
-  check(DType::bf16, Precision::exact, 1042, Cell::lstm);
+  check(DType::bf16, Precision::exact, 1040, Cell::lstm);
   check(DType::f16, Precision::exact, 1042, Cell::gru);
-  check(DType::f32, Precision::tf32, 1042, Cell::gru);
+  check(DType::f32, Precision::tf32, 1040, Cell::gru);
   check(DType::f32, Precision::exact, 1540, Cell::rnn_tanh);
 }
+#endif
 
 }  // namespace
 }  // namespace rnn_fused
