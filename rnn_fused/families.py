@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from threading import Lock
 
 import torch
@@ -88,7 +90,19 @@ def allows_tf32() -> bool:
     A compiled graph keeps what held when it was compiled: nothing guards the setting.
     """
     try:
-        precision: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+        layers: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+        products: str = torch.backends.cuda.matmul.fp32_precision
     except RuntimeError:  # old and new settings mixed
         return False
-    return precision == "tf32"
+    if products == "tf32" and layers != "tf32":
+        _warn_of_products()
+    return layers == "tf32"
+
+
+@cache
+def _warn_of_products() -> None:
+    warnings.warn(
+        "torch.backends.cudnn.rnn asks for exact float32 layers, but torch.backends.cuda.matmul "
+        "allows TF32, which the products of rnn_fused's CUDA layers around the timesteps follow",
+        stacklevel=3,
+    )

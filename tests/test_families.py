@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+
 import pytest
 import torch
+from helpers import tf32_in_layers
 from torch import nn
 
 import rnn_fused
@@ -160,3 +164,24 @@ def test_bad_arguments_are_named() -> None:
         rnn_fused.explain(layer, 1, 1, device="TPU")
     with pytest.raises(TypeError, match=r"no kernels for torch\.complex64"):
         rnn_fused.explain(nn.GRU(4, 8, dtype=torch.complex64), 1, 1)
+
+
+@pytest.fixture
+def _products_in_tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("_products_in_tf32")
+def test_warns_where_products_would_round_in_an_exact_layer() -> None:
+    families._warn_of_products.cache_clear()
+    with tf32_in_layers(True), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert families.allows_tf32()
+    with pytest.warns(UserWarning, match="matmul allows TF32"):
+        assert not families.allows_tf32()
+    with warnings.catch_warnings():  # once
+        warnings.simplefilter("error")
+        assert not families.allows_tf32()
