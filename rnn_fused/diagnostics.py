@@ -132,15 +132,13 @@ def _enter(
     The states are leaves that ask for gradients, so that every h_t does, whatever is frozen.
     """
     sequence = input.detach()
-    states = None if hx is None else module._split_state(hx, packed=False)
+    states = module._read_state(hx, packed=False, batched=input.dim() == 3)
     module._check_state_rank(states, input.dim())
     if input.dim() == 2:
         sequence = sequence.unsqueeze(1)
         states = states and tuple(state.unsqueeze(1) for state in states)
     else:
         sequence = sequence.transpose(0, 1) if module.batch_first else sequence
-        if module.batch_first_states:
-            states = states and tuple(state.transpose(0, 1) for state in states)
     module._check_sequence(sequence, None, module._layer_weights(0).weight_ih[0])
     sizes = module._state_sizes(sequence.size(1))
     if states is None:

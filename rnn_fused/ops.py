@@ -46,8 +46,9 @@ def layer(
         raise ValueError(f"[layer] cell must be one of {[*library.GATES]}, got {cell!r}")
     if resets is None and (reset_hx is not None or reset_cx is not None):
         raise RuntimeError(f"[{cell}] reset_hx and reset_cx need resets, got none")
-    if (reset_cx is not None) != (reset_hx is not None and cell == "lstm"):
-        rule = "given with reset_hx" if reset_hx is not None and cell == "lstm" else "absent"
+    wants_reset_cx = reset_hx is not None and cell == "lstm"
+    if (reset_cx is not None) != wants_reset_cx:
+        rule = "given with reset_hx" if wants_reset_cx else "absent"
         raise RuntimeError(f"[{cell}] reset_cx must be {rule}")
     device = input.device.type
     if device != "meta" and torch.is_autocast_enabled(device):

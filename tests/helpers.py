@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnn_fused import ops, reference
+from rnn_fused import library, ops, reference
 from rnn_fused.library import GATES
 from rnn_fused.reference import LayerWeights
 
@@ -93,6 +93,16 @@ class Problem:
     def function(self, layer: Layer) -> Callable[..., tuple[Tensor, ...]]:
         """The layer as a function of `tensors`."""
         return lambda *tensors: self.with_tensors(tensors).run(layer)
+
+    def op_function(self) -> Callable[..., tuple[Tensor, ...]]:
+        """The op itself, which compilers trace, as a function of `tensors`."""
+
+        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+            arguments = self.with_tensors(tensors).op_arguments
+            outputs = library.layer_forward(*arguments, True, "auto", False)
+            return outputs[: 2 if self.cx is None else 3]
+
+        return function
 
     def loss(self, layer: Layer) -> Callable[..., Tensor]:
         """A scalar whose derivatives of every order depend on all the tensors."""
@@ -257,3 +267,9 @@ def assert_accurate(case: Problem, noise: float | None = None) -> None:
         # An activation was rounded across 0, where ReLU's derivative jumps.
         exact = {name: value for name, value in exact.items() if name.startswith("output")}
     assert_as_accurate(ours, theirs, exact, noise)
+
+
+def assert_agrees_with_reference(case: Problem, **tolerance: float) -> None:
+    """The fused op against the reference in the case's own dtype, values and gradients."""
+    ours, exact = (values_and_gradients(case, layer) for layer in (ops.layer, reference.layer))
+    torch.testing.assert_close(ours, exact, **tolerance)

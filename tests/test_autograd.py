@@ -14,7 +14,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from rnn_fused import library, ops, reference
+from rnn_fused import ops, reference
 
 
 def small(kind: str, **options: Any) -> Problem:
@@ -52,12 +52,7 @@ def test_gradcheck_of_every_element(cell: str) -> None:
 def test_the_ops_themselves(kind: str, lengths: tuple[int, ...] | None) -> None:
     """Direct calls, which compilers trace too, take their derivatives from the registration."""
     case = small(kind, lengths=lengths, bias=kind != "gru")
-
-    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-        arguments = case.with_tensors(tensors).op_arguments
-        outputs = library.layer_forward(*arguments, True, "auto", False)
-        return outputs[: 2 if case.cx is None else 3]
-
+    function = case.op_function()
     assert gradcheck(function, case.tensors, fast_mode=True)
     assert gradgradcheck(function, case.tensors, fast_mode=True)
 

@@ -15,6 +15,7 @@ from helpers import (
     KINDS,
     Problem,
     assert_accurate,
+    assert_agrees_with_reference,
     each_kind,
     each_layout,
     problem,
@@ -98,12 +99,6 @@ def test_any_lengths(kind: str, lengths: list[int], H: int, two: bool) -> None:
     lengths = sorted(lengths, reverse=True)
     case = problem(**KINDS[kind], H=H, lengths=lengths, directions=1 + two)
     assert_agrees_with_reference(case)
-
-
-def assert_agrees_with_reference(case: Problem) -> None:
-    torch.testing.assert_close(
-        values_and_gradients(case, ops.layer), values_and_gradients(case, reference.layer)
-    )
 
 
 @pytest.fixture

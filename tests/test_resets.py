@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import (
     KINDS,
-    Problem,
     assert_accurate,
+    assert_agrees_with_reference,
     each_kind,
     each_layout,
     problem,
@@ -25,11 +25,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import rnn_fused
 from rnn_fused import library, ops, reference
 
-
-def assert_agrees_with_reference(case: Problem) -> None:
-    exact = values_and_gradients(case, reference.layer)
-    for name, value in values_and_gradients(case, ops.layer).items():
-        torch.testing.assert_close(value, exact[name], rtol=1e-12, atol=1e-12)
+ROUNDING: dict[str, float] = {"rtol": 1e-12, "atol": 1e-12}
 
 
 @each_kind
@@ -41,7 +37,8 @@ def test_values_and_gradients(
 ) -> None:
     options = {"resets": 0.4, "reset_state": reset_state, "directions": directions}
     sizes = {"T": 9, "B": 5, "H": 20, "lengths": lengths and (9, 7, 7, 3, 1)}
-    assert_agrees_with_reference(problem(**KINDS[kind], **sizes, **options, device=device))
+    case = problem(**KINDS[kind], **sizes, **options, device=device)
+    assert_agrees_with_reference(case, **ROUNDING)
 
 
 @settings(deadline=None, max_examples=60)
@@ -63,7 +60,8 @@ def test_any_resets(
 ) -> None:
     lengths.sort(reverse=True)
     options = {"resets": probability, "reset_state": state, "directions": 1 + two}
-    assert_agrees_with_reference(problem(**KINDS[kind], H=H, lengths=lengths, **options))
+    case = problem(**KINDS[kind], H=H, lengths=lengths, **options)
+    assert_agrees_with_reference(case, **ROUNDING)
 
 
 @each_kind
@@ -113,7 +111,7 @@ def test_equal_to_splitting_by_hand(kind: str, directions: int, reset_state: boo
 
     for name, value in values_and_gradients(case, by_hand).items():
         ours = values_and_gradients(case, ops.layer)[name]
-        torch.testing.assert_close(ours, value, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(ours, value, **ROUNDING)
 
 
 @each_kind
@@ -140,12 +138,7 @@ def test_derivatives(kind: str, lengths: tuple[int, ...] | None) -> None:
 @each_layout
 def test_derivatives_of_the_ops_themselves(kind: str, lengths: tuple[int, ...] | None) -> None:
     case = problem(**KINDS[kind], H=3, resets=0.4, reset_state=True, lengths=lengths)
-
-    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-        arguments = case.with_tensors(tensors).op_arguments
-        outputs = library.layer_forward(*arguments, True, "auto", False)
-        return outputs[: 2 if case.cx is None else 3]
-
+    function = case.op_function()
     assert gradcheck(function, case.tensors, fast_mode=True)
     assert gradgradcheck(function, case.tensors, fast_mode=True)
 
@@ -238,7 +231,7 @@ def flat(output: Any) -> list[Tensor]:
 
 def assert_equal(actual: Any, expected: Any) -> None:
     for a, e in zip(flat(actual), flat(expected), strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(a, e, **ROUNDING)
 
 
 each_module = pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
