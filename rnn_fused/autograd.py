@@ -23,11 +23,12 @@ from torch.autograd import Function, forward_ad
 
 from . import library, reference
 from .library import Call
-from .reference import LayerWeights
+from .reference import CellOptions, LayerWeights
 
 Slots = Sequence[Tensor | None]
 FIELDS = len(LayerWeights._fields)
 STATES = 5  # primals before the slots
+GRADS = 4  # outputs with a gradient: output, h_n, c_n, cells
 
 
 def flatten(fields: Sequence[Sequence[Any]]) -> list[Any]:
@@ -61,7 +62,8 @@ class LayerForward(Function):
     @staticmethod
     def forward(
         call: Call,
-        save: bool,
+        save_gates: bool,
+        save_cells: bool,
         batch_sizes: Tensor | None,
         resets: Tensor | None,
         *primals: Tensor | None,
@@ -69,29 +71,31 @@ class LayerForward(Function):
         outputs: tuple[Tensor, ...] = library.run(
             library.layer_forward,
             *(*primals[:STATES], *unflatten(primals[STATES:]), batch_sizes, resets),
-            *(call.cell, save, call.kernels, call.allow_tf32),
+            *(*call.arguments, save_gates, save_cells),
         )
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-        ctx.call, _, batch_sizes, resets, *primals = inputs
+        ctx.call, _, _, batch_sizes, resets, *primals = inputs
         output, _, c_n, gates, cells = outputs
         ctx.save_for_backward(batch_sizes, resets, output, gates, cells, *primals)
-        ctx.mark_non_differentiable(gates, cells, *([c_n] if primals[2] is None else []))
+        absent = [c_n, cells] if primals[2] is None else [cells] if cells.dim() == 1 else []
+        ctx.mark_non_differentiable(gates, *absent)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, None, None, None, *first_order(ctx, grads, ctx.needs_input_grad[4:])
+        return *(None,) * 5, *first_order(ctx, grads, ctx.needs_input_grad[5:])
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        call, save, batch_sizes, resets, input, hx, cx, _, _, *slots = args
+        *how, batch_sizes, resets, input, hx, cx, _, _ = args[: 5 + STATES]
         ragged_or_reset = batch_sizes is not None or resets is not None
-        if ragged_or_reset or any(dim is not None for dim in in_dims[4 + STATES :]):
+        if ragged_or_reset or any(dim is not None for dim in in_dims[5 + STATES :]):
             return _loop_over_samples(LayerForward, info, in_dims, args)
-        return _fold_samples(info.batch_size, in_dims[4:7], call, save, input, hx, cx, slots)
+        slots = args[5 + STATES :]
+        return _fold_samples(info.batch_size, in_dims[5:8], how, input, hx, cx, slots)
 
 
 class LayerBackward(Function):
@@ -111,14 +115,14 @@ class LayerBackward(Function):
         grad_output: Tensor | None,
         grad_h_n: Tensor | None,
         grad_c_n: Tensor | None,
+        grad_cells: Tensor | None,
         *primals: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        grads = grad_output, grad_h_n, grad_c_n
+        grads = grad_output, grad_h_n, grad_c_n, grad_cells
         *gradients, grad_weights = library.run(
             library.layer_backward,
             *(*grads, *primals[:STATES], *unflatten(primals[STATES:]), batch_sizes, resets),
-            *(call.cell, output, gates, cells, need_input, need_state, need_weights),
-            *(call.kernels, call.allow_tf32),
+            *(*call.arguments, output, gates, cells, need_input, need_state, need_weights),
         )
         return *gradients, *grad_weights
 
@@ -126,7 +130,8 @@ class LayerBackward(Function):
     def setup_context(ctx: Any, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
         ctx.call, need_input, need_state, _, batch_sizes, resets, _, _, _, *rest = inputs
         ctx.save_for_backward(batch_sizes, resets, *rest)  # of the outputs the gradients, primals
-        computed = need_input, *(need_state and state is not None for state in rest[4:8])
+        states = rest[GRADS + 1 : GRADS + STATES]
+        computed = need_input, *(need_state and state is not None for state in states)
         empty = [gradient for gradient, c in zip(outputs[:STATES], computed, strict=True) if not c]
         ctx.mark_non_differentiable(*empty)
         ctx.set_materialize_grads(False)
@@ -152,10 +157,11 @@ def first_order(ctx: Any, grads: Slots, needed: Sequence[bool | None]) -> list[T
     """The gradients of the primals that are needed, from those of LayerForward's outputs."""
     batch_sizes, resets, output, gates, cells, *primals = ctx.saved_tensors
     if forward_mode() or batched_grads(grads):
-        return reference_vjp(ctx.call.cell, batch_sizes, resets, grads[:3], primals)
+        return reference_vjp(ctx.call, batch_sizes, resets, _differentiable(grads), primals)
     needs = bool(needed[0]), any(needed[1:STATES]), any(needed[STATES:])
     differentiable = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-    args = ctx.call, *needs, batch_sizes, resets, output, gates, cells, *grads[:3], *primals
+    saved = batch_sizes, resets, output, gates, cells
+    args = ctx.call, *needs, *saved, *_differentiable(grads), *primals
     gradients = apply(LayerBackward, *args) if differentiable else LayerBackward.forward(*args)
     weights = iter(gradients[STATES:])
     slots = [None if w is None else next(weights, None) for w in primals[STATES:]]
@@ -170,27 +176,52 @@ def second_order(ctx: Any, grads: Slots) -> list[Tensor | None]:
     batch_sizes, resets, *tensors = ctx.saved_tensors
 
     def backward(*tensors: Tensor | None) -> list[Tensor]:
-        gradients = reference_vjp(ctx.call.cell, batch_sizes, resets, tensors[:3], tensors[3:])
+        gradients = reference_vjp(ctx.call, batch_sizes, resets, tensors[:GRADS], tensors[GRADS:])
         return [g for g in gradients if g is not None]
 
     # Absent states have no gradient; absent weights are not among the outputs.
-    present = [primal is not None for primal in tensors[3 : 3 + STATES]]
+    present = [primal is not None for primal in tensors[GRADS : GRADS + STATES]]
     return _vjp(backward, tensors, [*compress(grads, present), *grads[STATES:]])
 
 
 def reference_vjp(
-    cell: str, batch_sizes: Tensor | None, resets: Tensor | None, grads: Slots, primals: Slots
+    call: Call, batch_sizes: Tensor | None, resets: Tensor | None, grads: Slots, primals: Slots
 ) -> list[Tensor | None]:
     """`layer_backward` by the reference: the gradients of all the primals."""
 
+    output, h_n, c_n, cells = grads
+
     def forward(*primals: Any) -> list[Tensor]:
         input, hx, cx, reset_hx, reset_cx, *slots = primals
-        rows = {"batch_sizes": batch_sizes, "resets": resets}
-        state = {"reset_hx": reset_hx, "reset_cx": reset_cx}
-        outputs = reference.layer(input, hx, cx, unflatten(slots), cell=cell, **rows, **state)
+        outputs = reference.layer(
+            *(input, hx, cx, unflatten(slots)),
+            cell=call.cell,
+            batch_sizes=batch_sizes,
+            resets=resets,
+            reset_hx=reset_hx,
+            reset_cx=reset_cx,
+            options=call.options,
+            all_cells=cells is not None,
+        )
         return [o for o in outputs if o is not None]
 
-    return _vjp(forward, primals, grads)
+    input = primals[0]
+    if cells is None or input is None:
+        return _vjp(forward, primals, (output, h_n, c_n))
+    return _vjp(forward, primals, (output, h_n, c_n, join_directions(cells, input)))
+
+
+def join_directions(cells: Tensor, input: Tensor) -> Tensor:
+    """The c of every row as the user sees it, [T, B, D*H] or packed [N, D*H] in the dtype of
+    input, from [D, N, H]."""
+    D, _, H = cells.shape
+    return cells.movedim(0, 1).reshape(*input.shape[:-1], D * H).to(input.dtype)
+
+
+def _differentiable(grads: Slots) -> list[Tensor | None]:
+    """Of the gradients of layer_forward's outputs: all but that of the gates."""
+    output, h_n, c_n, _, cells = grads
+    return [output, h_n, c_n, cells]
 
 
 def _vjp(
@@ -229,8 +260,7 @@ def _loop_over_samples(
 def _fold_samples(
     V: int,
     dims: Sequence[int | None],
-    call: Call,
-    save: bool,
+    how: Sequence[Any],
     input: Tensor,
     hx: Tensor,
     cx: Tensor | None,
@@ -245,7 +275,7 @@ def _fold_samples(
     states = [None if x is None else fold(x, d) for x, d in zip((hx, cx), dims[1:], strict=True)]
     no_resets = None, None
     primals = fold(input, dims[0]), *states, *no_resets, *slots
-    folded = LayerForward.apply(call, save, None, None, *primals)
+    folded = LayerForward.apply(*how, None, None, *primals)
 
     T, B = folded[0].shape[0], folded[0].shape[1] // V
     outputs = [  # [K, V*B, F] -> [K, V, B, F], and saved [D, T*V*B, ..] -> [D, V, T*B, ..]
@@ -260,7 +290,12 @@ def _fold_samples(
 
 # The same formulas for the ops themselves, whose weights come as lists.
 
-BEFORE_WEIGHTS = 3 + STATES  # of layer_backward's arguments: the outputs' gradients, and primals
+BEFORE_WEIGHTS = GRADS + STATES  # of layer_backward's arguments: gradients, then primals
+
+
+def _call(cell: str, slope: float, cell_clip: Any, grad_clip_value: Any, *rest: Any) -> Call:
+    """Inverse of `Call.arguments`."""
+    return Call(cell, CellOptions(slope, cell_clip, grad_clip_value), *rest)
 
 
 def _nested(slots: Slots, fields: Sequence[Sequence[Any]]) -> list[list[Tensor | None]]:
@@ -271,25 +306,26 @@ def _nested(slots: Slots, fields: Sequence[Sequence[Any]]) -> list[list[Tensor |
 
 def _forward_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     primals = *inputs[:STATES], *flatten(inputs[STATES : STATES + FIELDS])
-    batch_sizes, resets, cell, save, *how = inputs[STATES + FIELDS :]
-    LayerForward.setup_context(ctx, (Call(cell, *how), save, batch_sizes, resets, *primals), output)
+    batch_sizes, resets, *how, save_gates, save_cells = inputs[STATES + FIELDS :]
+    arguments = _call(*how), save_gates, save_cells, batch_sizes, resets, *primals
+    LayerForward.setup_context(ctx, arguments, output)
 
 
 def _forward_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     needed = ctx.needs_input_grad
     fields = needed[STATES : STATES + FIELDS]
     gradients = first_order(ctx, grads, [*needed[:STATES], *flatten(fields)])
-    return *gradients[:STATES], *_nested(gradients[STATES:], fields), *(None,) * 6
+    return *gradients[:STATES], *_nested(gradients[STATES:], fields), *(None,) * 10
 
 
 def _backward_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:
     fields = inputs[BEFORE_WEIGHTS : BEFORE_WEIGHTS + FIELDS]
-    batch_sizes, resets, cell, *rest = inputs[BEFORE_WEIGHTS + FIELDS :]
-    saved, needs, how = rest[:3], rest[3:6], rest[6:]
+    batch_sizes, resets, *rest = inputs[BEFORE_WEIGHTS + FIELDS :]
+    how, saved, needs = rest[:6], rest[6:9], rest[9:]
     tensors = *inputs[:BEFORE_WEIGHTS], *flatten(fields)
     LayerBackward.setup_context(
         ctx,
-        (Call(cell, *how), *needs, batch_sizes, resets, *saved, *tensors),
+        (_call(*how), *needs, batch_sizes, resets, *saved, *tensors),
         (*output[:STATES], *output[STATES]),
     )
 
@@ -298,7 +334,7 @@ def _backward_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     gradients = second_order(ctx, (*grads[:STATES], *grads[STATES]))
     tensors, slots = gradients[:BEFORE_WEIGHTS], gradients[BEFORE_WEIGHTS:]
     fields = ctx.needs_input_grad[BEFORE_WEIGHTS : BEFORE_WEIGHTS + FIELDS]
-    return *tensors, *_nested(slots, fields), *(None,) * 11
+    return *tensors, *_nested(slots, fields), *(None,) * 14
 
 
 torch.library.register_autograd(

@@ -17,12 +17,19 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .ops import LayerWeights
+from .ops import CellOptions, LayerWeights
 
 Hidden: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 INITIAL_STATES = ("initial_h", "initial_c")
-OWN_OPTIONS = ("learn_initial_state", "batch_first_states")  # which torch.nn lacks
+OWN_OPTIONS: dict[str, Any] = {  # which torch.nn lacks, and their defaults
+    "learn_initial_state": False,
+    "batch_first_states": False,
+    "gate_slope": 1.0,
+    "cell_clip": None,
+    "grad_clip_value": None,
+    "save": "gates",
+}
 
 
 class FusedRNNBase(RNNBase):
@@ -38,31 +45,23 @@ class FusedRNNBase(RNNBase):
     # Also what a module has that came from torch.nn, or from an older pickle.
     learn_initial_state: bool = False
     batch_first_states: bool = False
+    gate_slope: float = 1.0
+    cell_clip: float | None = None
+    grad_clip_value: float | None = None
+    save: str = "gates"
 
-    def __init__(
-        self,
-        mode: str,
-        *args: Any,
-        learn_initial_state: bool = False,
-        batch_first_states: bool = False,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name, default) for name, default in OWN_OPTIONS.items()}
         refusal = ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         if "proj_size" in kwargs and mode != "LSTM":
             raise refusal
         super().__init__(mode, *args, **kwargs)
         if self.proj_size > 0 and mode != "LSTM":  # given by position
             raise refusal
-        given = (learn_initial_state, batch_first_states)
-        for name, option in zip(OWN_OPTIONS, given, strict=True):
-            if not isinstance(option, bool):
-                raise TypeError(f"{name} should be of type bool, got: {type(option).__name__}")
+        _check_options(options, mode, self.batch_first)
+        for name, option in options.items():
             setattr(self, name, option)
-        if batch_first_states and not self.batch_first:
-            raise ValueError(
-                "batch_first_states=True needs batch_first=True, got batch_first=False"
-            )
-        if learn_initial_state:
+        if self.learn_initial_state:
             weight = self._layer_weights(0).weight_hh[0]
             for name, (rows, _, width) in zip(INITIAL_STATES, self._state_sizes(1), strict=False):
                 setattr(self, name, nn.Parameter(weight.new_zeros(rows, width)))
@@ -78,8 +77,9 @@ class FusedRNNBase(RNNBase):
                 nn.init.uniform_(parameter, -bound, bound)
 
     def extra_repr(self) -> str:
-        given = "".join(f", {name}=True" for name in OWN_OPTIONS if getattr(self, name))
-        return super().extra_repr() + given
+        given = {name: getattr(self, name) for name in OWN_OPTIONS}
+        others = (f", {k}={v!r}" for k, v in given.items() if v != OWN_OPTIONS[k])
+        return super().extra_repr() + "".join(others)
 
     def forward(
         self,
@@ -88,6 +88,7 @@ class FusedRNNBase(RNNBase):
         *,
         resets: PackedSequence | Tensor | None = None,
         reset_state: Hidden | None = None,
+        return_all_states: bool = False,
     ) -> Any:
         if reset_state is not None and resets is None:
             raise ValueError(f"{type(self).__name__}: reset_state needs resets, got none")
@@ -96,9 +97,10 @@ class FusedRNNBase(RNNBase):
         states = self._read_state(hx, packed, batched)
         reset_states = self._read_state(reset_state, packed, batched, "reset_state")
         rows = None if resets is None else self._read_resets(resets, input)
-        output: PackedSequence | Tensor
         if isinstance(input, PackedSequence):
-            output, states = self._run_packed(input, states, rows, reset_states)
+            output, states, layers = self._run_packed(
+                input, states, rows, reset_states, return_all_states
+            )
         elif input.dim() == 2:
             self._check_state_rank(states, 2)
             self._check_state_rank(reset_states, 2, "reset_state")
@@ -106,22 +108,37 @@ class FusedRNNBase(RNNBase):
                 None if given is None else tuple(state.unsqueeze(1) for state in given)
                 for given in (states, reset_states)
             )
-            output, states = self._run(input.unsqueeze(1), states, 1, None, rows, reset_states)
-            output = output.squeeze(1)
+            output, states, layers = self._run(
+                input.unsqueeze(1), states, 1, None, rows, reset_states, return_all_states
+            )
             states = tuple(state.squeeze(1) for state in states)
         elif input.dim() == 3:
             self._check_state_rank(states, 3)
             self._check_state_rank(reset_states, 3, "reset_state")
-            sequence = input.transpose(0, 1) if self.batch_first else input
-            batch = sequence.size(1)
-            output, states = self._run(sequence, states, batch, None, rows, reset_states)
-            output = output.transpose(0, 1) if self.batch_first else output
+            sequence = self._time_first(input)
+            output, states, layers = self._run(
+                sequence, states, sequence.size(1), None, rows, reset_states, return_all_states
+            )
         else:
             name = type(self).__name__
             raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D instead")
         if self.batch_first_states and batched:
             states = tuple(state.transpose(0, 1) for state in states)
-        return output, self._join_state(states)
+        result = self._in_form_of(input, output), self._join_state(states)
+        if not return_all_states:
+            return result
+        every = [[self._in_form_of(input, state) for state in layer] for layer in layers]
+        return *result, tuple(self._join_state(tuple(layer)) for layer in every)
+
+    def _in_form_of(self, input: PackedSequence | Tensor, rows: Tensor) -> Any:
+        """rows: [T, B, ...], or packed [N, ...]."""
+        if isinstance(input, PackedSequence):
+            return PackedSequence(rows, *input[1:])
+        return rows.squeeze(1) if input.dim() == 2 else self._time_first(rows)
+
+    def _time_first(self, sequence: Tensor) -> Tensor:
+        """From the layout of a batched input, and back."""
+        return sequence.transpose(0, 1) if self.batch_first else sequence
 
     def _read_state(
         self, hx: Hidden | None, packed: bool, batched: bool, what: str = "hx"
@@ -163,7 +180,7 @@ class FusedRNNBase(RNNBase):
             raise RuntimeError(f"{name}: resets must have shape {axes} = {shape}, got {got}")
         if input.dim() == 2:
             return resets.unsqueeze(1)
-        return resets.transpose(0, 1) if self.batch_first else resets
+        return self._time_first(resets)
 
     def step(
         self,
@@ -223,7 +240,8 @@ class FusedRNNBase(RNNBase):
         states: tuple[Tensor, ...] | None,
         resets: Tensor | None,
         reset_states: tuple[Tensor, ...] | None,
-    ) -> tuple[PackedSequence, tuple[Tensor, ...]]:
+        all_states: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...], list[tuple[Tensor, ...]]]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         # A traced graph cannot compare the values in batch_sizes with a shape; the op does.
         if sorted_indices is not None:
@@ -242,10 +260,12 @@ class FusedRNNBase(RNNBase):
             if reset_states is not None:
                 self._check_states(reset_states, sizes, "reset_state")
                 reset_states = tuple(s.index_select(1, sorted_indices) for s in reset_states)
-        output, states = self._run(data, states, batch, batch_sizes, resets, reset_states)
+        output, states, layers = self._run(
+            data, states, batch, batch_sizes, resets, reset_states, all_states
+        )
         if unsorted_indices is not None:
             states = tuple(state.index_select(1, unsorted_indices) for state in states)
-        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), states
+        return output, states, layers
 
     def _run(
         self,
@@ -255,9 +275,11 @@ class FusedRNNBase(RNNBase):
         batch_sizes: Tensor | None,
         resets: Tensor | None,
         reset_states: tuple[Tensor, ...] | None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        all_states: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...], list[tuple[Tensor, ...]]]:
         """Runs all layers over a sequence [T, B, I], or packed [N, I]; each state [L*D, B, P or H];
-        resets [T, B], or packed [N].
+        resets [T, B], or packed [N]. The third result: with all_states the states after every
+        step, of each layer.
 
         Dropout falls on the output of each layer but the last, in the layout in which torch.nn
         applies it: the same seed gives the same mask.
@@ -277,12 +299,13 @@ class FusedRNNBase(RNNBase):
         initial = [state.chunk(len(weights)) for state in states]
         after_reset = [state.chunk(len(weights)) for state in reset_states or ()]
         final: list[tuple[Tensor, ...]] = []
+        layers: list[tuple[Tensor, ...]] = []
         for layer, layer_weights in enumerate(weights):
             if layer > 0:
                 sequence = F.dropout(sequence, self.dropout, self.training)
             hx, *cx = (state[layer] for state in initial)
             reset_hx, reset_cx, *_ = (*(state[layer] for state in after_reset), None, None)
-            sequence, h_n, c_n = ops.layer(
+            sequence, h_n, c_n, cells = ops.layer(
                 sequence,
                 hx,
                 cx[0] if cx else None,
@@ -292,11 +315,19 @@ class FusedRNNBase(RNNBase):
                 resets=resets,
                 reset_hx=reset_hx,
                 reset_cx=reset_cx,
+                options=self._cell_options(),
+                all_cells=all_states and bool(cx),
+                recompute=self.save == "recompute",
             )
             final.append((h_n,) if c_n is None else (h_n, c_n))
+            if all_states:
+                layers.append((sequence,) if cells is None else (sequence, cells))
         if len(final) == 1:
-            return sequence, final[0]
-        return sequence, tuple(torch.cat(layers) for layers in zip(*final, strict=True))
+            return sequence, final[0], layers
+        return sequence, tuple(torch.cat(states) for states in zip(*final, strict=True)), layers
+
+    def _cell_options(self) -> CellOptions:
+        return CellOptions(self.gate_slope, self.cell_clip, self.grad_clip_value)
 
     def _layer_weights(self, layer: int) -> LayerWeights:
         # A compiler traces the function itself, and warns of a cache.
@@ -378,6 +409,30 @@ class FusedRNNBase(RNNBase):
                 if self.batch_first_states:
                     size, got = (size[1], size[0], size[2]), [got[1], got[0], got[2]]
                 raise RuntimeError(f"Expected {name} size {size}, got {got}")
+
+
+def _check_options(options: dict[str, Any], mode: str, batch_first: bool) -> None:
+    for name in ("learn_initial_state", "batch_first_states"):
+        if not isinstance(options[name], bool):
+            raise TypeError(f"{name} should be of type bool, got: {type(options[name]).__name__}")
+    if options["batch_first_states"] and not batch_first:
+        raise ValueError("batch_first_states=True needs batch_first=True, got batch_first=False")
+    for name in ("gate_slope", "cell_clip", "grad_clip_value"):
+        value = options[name]
+        if value is None and OWN_OPTIONS[name] is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} should be a number, got: {type(value).__name__}")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+    if options["gate_slope"] != 1 and mode.startswith("RNN"):
+        value = options["gate_slope"]
+        raise ValueError(f"gate_slope needs the gates of an LSTM or GRU, not RNN, got {value}")
+    if options["cell_clip"] is not None and mode != "LSTM":
+        value, kind = options["cell_clip"], mode.split("_")[0]
+        raise ValueError(f"cell_clip needs the c of an LSTM, not {kind}, got {value}")
+    if options["save"] not in ("gates", "recompute"):
+        raise ValueError(f"save must be 'gates' or 'recompute', got {options['save']!r}")
 
 
 def _weight_names(

@@ -76,7 +76,7 @@ class FusedCellBase(RNNCellBase):
         # cells do not.
         layer = ops.layer if self.hidden_size > 0 else reference.layer
         h, *c = (state.unsqueeze(0) for state in states)
-        _, h_n, c_n = layer(input.unsqueeze(0), h, c[0] if c else None, weights, cell=cell)
+        _, h_n, c_n, _ = layer(input.unsqueeze(0), h, c[0] if c else None, weights, cell=cell)
         return tuple(state.squeeze(0) for state in (h_n, c_n) if state is not None)
 
     def _weights(self) -> LayerWeights:

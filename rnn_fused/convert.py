@@ -136,9 +136,9 @@ def _obstacle(module: nn.Module, table: Mapping[type[nn.Module], type[nn.Module]
         return f"{cls.__qualname__} is a subclass of {base.__name__}: its code may rely on the base"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    for option in OWN_OPTIONS:
-        if getattr(module, option, False):
-            return f"torch.nn has no {option}=True"
+    for option, default in OWN_OPTIONS.items():
+        if (value := getattr(module, option, default)) != default:
+            return f"torch.nn has no {option}={value!r}"
     return None
 
 

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
 from .base import FusedRNNBase, Hidden
-from .ops import LayerWeights
+from .ops import CellOptions, LayerWeights
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +167,7 @@ def _walk(
                 tuple(state[row : row + 1] for state in states),
                 LayerWeights(*(field[d : d + 1] for field in weights)),
                 cell=module.mode.lower(),
+                options=module._cell_options(),
                 reverse=d == 1,
             )
             nodes += h
@@ -182,6 +183,7 @@ def _walk_direction(
     weights: LayerWeights,
     *,
     cell: str,
+    options: CellOptions,
     reverse: bool,
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """h_t in the order of t, and the final state. Everything that follows a step uses its h_t as
@@ -190,7 +192,8 @@ def _walk_direction(
     nodes = {}
     for t in reversed(steps) if reverse else steps:
         h, *c = state
-        _, h, c_next = ops.layer(sequence[t : t + 1], h, c[0] if c else None, weights, cell=cell)
+        cx = c[0] if c else None
+        _, h, c_next, _ = ops.layer(sequence[t : t + 1], h, cx, weights, cell=cell, options=options)
         state = (h,) if c_next is None else (h, c_next)
         nodes[t] = h
     return [nodes[t] for t in steps], state

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .reference import PLAIN, CellOptions
+
 LIBRARY = Path(__file__).with_name("libops.so")
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}  # G
 
@@ -27,11 +29,16 @@ except OSError as error:
 
 @dataclass(frozen=True)
 class Call:
-    """What says how a layer runs, besides tensors."""
+    """What says how a layer runs, besides tensors: the ops' arguments in their order."""
 
     cell: str
+    options: CellOptions = PLAIN
     kernels: str = "auto"  # the family of CUDA kernels; the CPU has but one
     allow_tf32: bool = False  # in the CUDA kernels' float32 products
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.cell, *self.options, self.kernels, self.allow_tf32
 
 
 layer_forward = torch.ops.rnn_fused.layer_forward.default
@@ -68,9 +75,13 @@ def _fake_forward(
     batch_sizes: Tensor | None,
     resets: Tensor | None,
     cell: str,
-    save: bool,
+    gate_slope: float,
+    cell_clip: float | None,
+    grad_clip_value: float | None,
     kernels: str,
     allow_tf32: bool,
+    save_gates: bool,
+    save_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     # The kernels check this too, but a meta tensor among the arguments leads here instead.
     states = hx, cx, reset_hx, reset_cx, resets
@@ -83,9 +94,9 @@ def _fake_forward(
     output = input.new_empty(*input.shape[:-1], directions * hx.shape[-1])
     rows = input.shape[0] if batch_sizes is not None else input.shape[0] * input.shape[1]
     gates, cells = input.new_empty(0), input.new_empty(0, dtype=_state_dtype(input))
-    if save and cell in ("lstm", "gru"):
+    if save_gates and cell in ("lstm", "gru"):
         gates = input.new_empty(directions, rows, 4, hidden)
-    if save and cell == "lstm":
+    if save_cells and cell == "lstm":
         cells = cells.new_empty(directions, rows, hidden)
     c_n = input.new_empty(0) if cx is None else cx.new_empty(cx.shape)
     return output, hx.new_empty(hx.shape), c_n, gates, cells
@@ -96,6 +107,7 @@ def _fake_backward(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
+    grad_cells: Tensor | None,
     input: Tensor,
     hx: Tensor,
     cx: Tensor | None,
@@ -109,14 +121,17 @@ def _fake_backward(
     batch_sizes: Tensor | None,
     resets: Tensor | None,
     cell: str,
+    gate_slope: float,
+    cell_clip: float | None,
+    grad_clip_value: float | None,
+    kernels: str,
+    allow_tf32: bool,
     output: Tensor,
     gates: Tensor,
     cells: Tensor,
     need_input: bool,
     need_state: bool,
     need_weights: bool,
-    kernels: str,
-    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     def gradient(like: Tensor | None, needed: bool) -> Tensor:
         return input.new_empty(like.shape if like is not None and needed else 0)

@@ -6,7 +6,7 @@ D directions (2 if bidirectional), N = sum of the lengths of packed sequences.
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -83,6 +83,10 @@ class LSTM(FusedRNNBase):
         *,
         learn_initial_state: bool = False,
         batch_first_states: bool = False,
+        gate_slope: float = 1.0,
+        cell_clip: float | None = None,
+        grad_clip_value: float | None = None,
+        save: Literal["gates", "recompute"] = "gates",
     ) -> None: ...
 
     @overload
@@ -146,6 +150,9 @@ class GRU(FusedRNNBase):
         *,
         learn_initial_state: bool = False,
         batch_first_states: bool = False,
+        gate_slope: float = 1.0,
+        grad_clip_value: float | None = None,
+        save: Literal["gates", "recompute"] = "gates",
     ) -> None: ...
 
     @overload
@@ -183,6 +190,8 @@ class RNN(FusedRNNBase):
         *,
         learn_initial_state: bool = False,
         batch_first_states: bool = False,
+        grad_clip_value: float | None = None,
+        save: Literal["gates", "recompute"] = "gates",
     ) -> None: ...
 
     @overload

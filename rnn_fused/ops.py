@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import families, library, reference
-from .autograd import LayerForward, apply, flatten, forward_mode
-from .reference import LayerWeights
+from .autograd import LayerForward, apply, flatten, forward_mode, join_directions
+from .reference import PLAIN, CellOptions, LayerOutputs, LayerWeights
 
-__all__ = ["LayerWeights", "layer"]
+__all__ = ["CellOptions", "LayerOutputs", "LayerWeights", "layer"]
 
 
 def layer(
@@ -27,7 +27,10 @@ def layer(
     resets: Tensor | None = None,
     reset_hx: Tensor | None = None,
     reset_cx: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    options: CellOptions = PLAIN,
+    all_cells: bool = False,
+    recompute: bool = False,
+) -> LayerOutputs:
     """Runs one layer like `reference.layer`, which see for the shapes and the mathematics.
 
     All tensors share one dtype (float32, float64, bfloat16 or float16) and device, except
@@ -35,12 +38,14 @@ def layer(
     cast to its dtype, float64 excepted, and the results have that dtype. 16-bit layers compute and
     keep c in float32, and round h after each step.
 
+    recompute: keep nothing of the gates for the backward pass, which rebuilds them in one product.
+
     Derivatives of every order and kind pass through it: backward, `torch.func`, forward mode.
 
     Raises:
         ValueError: the cell is unknown.
-        RuntimeError: shapes, dtypes, devices or batch sizes do not fit together; resets where only
-            torch's own op can run.
+        RuntimeError: shapes, dtypes, devices or batch sizes do not fit together; an option out of
+            range, or of another cell; resets or options where only torch's own op can run.
     """
     if cell not in library.GATES:
         raise ValueError(f"[layer] cell must be one of {[*library.GATES]}, got {cell!r}")
@@ -65,11 +70,18 @@ def layer(
             resets=resets,
             reset_hx=reset_hx,
             reset_cx=reset_cx,
+            options=options,
+            all_cells=all_cells,
         )
+    # What torch's own op lacks.
+    extras = {"resets": resets is not None, "all_cells": all_cells, "recompute": recompute}
+    for name, default in PLAIN._asdict().items():
+        extras[name] = getattr(options, name) != default
+    wanted = ", ".join(name for name, on in extras.items() if on)
     if not families.has_kernels(device, input.device.index):
         _warn_unfused(device)
-        if resets is not None:
-            raise RuntimeError(f"[{cell}] resets need rnn_fused's kernels: {device} has none")
+        if wanted:
+            raise RuntimeError(f"[{cell}] {wanted}: rnn_fused has no kernels for {device} tensors")
         return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
     kernels, allow_tf32 = "auto", False
     if device == "cuda":
@@ -77,29 +89,26 @@ def layer(
         allow_tf32 = input.dtype == torch.float32 and families.allows_tf32()
         if kernels == "cudnn":
             if not transformed:
-                if resets is not None:
-                    raise RuntimeError(f'[{cell}] kernels("cudnn") cannot run resets')
+                if wanted:
+                    raise RuntimeError(f'[{cell}] kernels("cudnn") cannot run {wanted}')
                 return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
             kernels = "auto"  # torch.func's transforms have no rules for torch's op
 
     primals = input, hx, cx, reset_hx, reset_cx
-    save = torch.is_grad_enabled() and (transformed or _requires_grad(primals, weights))
-    if transformed or (save and not compiling):
-        output, h_n, c_n, _, _ = apply(
-            LayerForward,
-            library.Call(cell, kernels, allow_tf32),
-            *(save, batch_sizes, resets, *primals, *flatten(weights)),
-        )
-    elif compiling:
-        output, h_n, c_n, _, _ = library.layer_forward(
-            *primals, *weights, batch_sizes, resets, cell, save, kernels, allow_tf32
+    call = library.Call(cell, options, kernels, allow_tf32)
+    training = torch.is_grad_enabled() and (transformed or _requires_grad(primals, weights))
+    save = training and not recompute, training or all_cells
+    if transformed or (training and not compiling):
+        output, h_n, c_n, _, cells = apply(
+            LayerForward, call, *save, batch_sizes, resets, *primals, *flatten(weights)
         )
     else:
-        output, h_n, c_n, _, _ = library.run(
-            library.layer_forward,
-            *(*primals, *weights, batch_sizes, resets, cell, False, kernels, allow_tf32),
-        )
-    return output, h_n, None if cx is None else c_n
+        arguments = *primals, *weights, batch_sizes, resets, *call.arguments, *save
+        run = library.layer_forward if compiling else partial(library.run, library.layer_forward)
+        output, h_n, c_n, _, cells = run(*arguments)
+    if cx is None:
+        return LayerOutputs(output, h_n, None, None)
+    return LayerOutputs(output, h_n, c_n, join_directions(cells, input) if all_cells else None)
 
 
 def _requires_grad(primals: tuple[Tensor | None, ...], weights: LayerWeights) -> bool:
@@ -127,7 +136,7 @@ def _torch_layer(
     weights: LayerWeights,
     cell: str,
     batch_sizes: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> LayerOutputs:
     """torch's own op: cuDNN's, or for the devices that have no fused kernels."""
     hx, cx = hx.contiguous(), None if cx is None else cx.contiguous()  # cuDNN asks for it
     bidirectional = len(weights.weight_ih) == 2
@@ -140,7 +149,7 @@ def _torch_layer(
         output, h_n, *c_n = op(input, state, flat, *options, False)  # not batch_first
     else:
         output, h_n, *c_n = op(input, batch_sizes, state, flat, *options)
-    return output, h_n, c_n[0] if c_n else None
+    return LayerOutputs(output, h_n, c_n[0] if c_n else None, None)
 
 
 @cache

@@ -14,9 +14,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnn_fused import library, ops, reference
 from rnn_fused.library import GATES
-from rnn_fused.reference import LayerWeights
+from rnn_fused.reference import PLAIN, CellOptions, LayerOutputs, LayerWeights
 
-Layer = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+Layer = Callable[..., LayerOutputs]
 
 # What distinguishes the layers: arguments of `problem`.
 KINDS: dict[str, dict[str, Any]] = {
@@ -43,6 +43,8 @@ class Problem:
     resets: Tensor | None = None
     reset_hx: Tensor | None = None
     reset_cx: Tensor | None = None
+    options: CellOptions = PLAIN
+    all_cells: bool = False
 
     @property
     def states(self) -> tuple[Tensor | None, ...]:
@@ -56,9 +58,11 @@ class Problem:
 
     @property
     def op_arguments(self) -> tuple[Any, ...]:
-        """Of the op itself, up to the cell."""
+        """Of the op itself, up to what is to be saved."""
         weights = map(list, self.weights)
-        return self.input, *self.states, *weights, self.batch_sizes, self.resets, self.cell
+        call = library.Call(self.cell, self.options)
+        rows = self.batch_sizes, self.resets
+        return self.input, *self.states, *weights, *rows, *call.arguments
 
     def with_tensors(self, tensors: Iterable[Tensor]) -> Problem:
         rest = iter(tensors)
@@ -79,7 +83,7 @@ class Problem:
         return replace(moved, resets=self.resets.to(moved.hx.device))
 
     def run(self, layer: Layer) -> tuple[Tensor, ...]:
-        """The layer's outputs, without c_n where there is none."""
+        """The layer's outputs, those that there are."""
         outputs = layer(
             *(self.input, self.hx, self.cx, self.weights),
             cell=self.cell,
@@ -87,6 +91,8 @@ class Problem:
             resets=self.resets,
             reset_hx=self.reset_hx,
             reset_cx=self.reset_cx,
+            **({} if self.options == PLAIN else {"options": self.options}),
+            **({"all_cells": True} if self.all_cells else {}),
         )
         return tuple(o for o in outputs if o is not None)
 
@@ -99,7 +105,7 @@ class Problem:
 
         def function(*tensors: Tensor) -> tuple[Tensor, ...]:
             arguments = self.with_tensors(tensors).op_arguments
-            outputs = library.layer_forward(*arguments, True, "auto", False)
+            outputs = library.layer_forward(*arguments, True, True)
             return outputs[: 2 if self.cx is None else 3]
 
         return function
@@ -177,7 +183,7 @@ def torch_layer(
     resets: None = None,
     reset_hx: None = None,
     reset_cx: None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> LayerOutputs:
     """torch.nn's module, as a function with the signature of ours. It has no resets."""
     name, *nonlinearity = cell.split("_")
     hidden = weights.weight_hh[0].shape[0] // GATES[cell]
@@ -198,7 +204,7 @@ def torch_layer(
     state = hx if cx is None else (hx, cx)
     output, state = torch.func.functional_call(module, parameters, (x, state))
     h_n, c_n = (state, None) if cx is None else state
-    return output if batch_sizes is None else output.data, h_n, c_n
+    return LayerOutputs(output if batch_sizes is None else output.data, h_n, c_n, None)
 
 
 def values_and_gradients(case: Problem, layer: Layer) -> dict[str, Tensor]:
@@ -257,10 +263,11 @@ def assert_as_accurate(
 
 
 def assert_accurate(case: Problem, noise: float | None = None) -> None:
-    """The fused op against torch.nn and the reference in float64, values and gradients. torch.nn
-    has no resets: the bound is then the error of the reference in the case's own dtype."""
+    """The fused op against torch.nn and the reference in float64, values and gradients. For what
+    torch.nn lacks, the bound is the error of the reference in the case's own dtype."""
     exact = values_and_gradients(case.to(torch.float64), reference.layer)
-    theirs = values_and_gradients(case, torch_layer if case.resets is None else reference.layer)
+    plain = case.resets is None and case.options == PLAIN and not case.all_cells
+    theirs = values_and_gradients(case, torch_layer if plain else reference.layer)
     ours = values_and_gradients(case, ops.layer)
     active = [run["output 0"] > 0 for run in (exact, theirs, ours)]
     if case.cell == "rnn_relu" and not all(a.equal(active[0]) for a in active):

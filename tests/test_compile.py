@@ -160,7 +160,7 @@ def test_opcheck_of_the_forward(
 ) -> None:
     case = problem(**KINDS[kind], lengths=lengths, directions=2, dtype=dtype)
     tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype is torch.bfloat16 else {}
-    arguments = *case.op_arguments, True, "auto", False
+    arguments = *case.op_arguments, True, True
     torch.library.opcheck(library.layer_forward, arguments, **tolerance)
 
 
@@ -181,8 +181,9 @@ def test_opcheck_of_the_backward(
     options = {"lengths": lengths, "requires_grad": second}
     case = problem(**KINDS[kind], **options, directions=2, dtype=torch.float32)
     with torch.no_grad():
-        output, h_n, c_n, *saved = library.layer_forward(*case.op_arguments, True, "auto", False)
-    likes = [output, h_n, c_n if case.cell == "lstm" else None]
+        output, h_n, c_n, *saved = library.layer_forward(*case.op_arguments, True, True)
+    lstm = case.cell == "lstm"
+    likes = [output, h_n, c_n if lstm else None, saved[1] if lstm else None]
     grads = [None if o is None else torch.randn_like(o, requires_grad=second) for o in likes]
-    arguments = *grads, *case.op_arguments, output, *saved, *needs, "auto", False
+    arguments = *grads, *case.op_arguments, output, *saved, *needs
     torch.library.opcheck(library.layer_backward, arguments)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from rnn_fused import library
-from rnn_fused.library import GATES
+from rnn_fused.library import GATES, Call
+from rnn_fused.reference import PLAIN, CellOptions
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +19,7 @@ def _emulated(request: pytest.FixtureRequest) -> None:
 
 
 def arguments(cell: str, dtype: torch.dtype, H: int = 24, P: int | None = None) -> list[Any]:
-    """Of layer_forward, up to the cell: T=5, B=3, I=4, two directions, ragged, with resets."""
+    """Of layer_forward, up to the call: T=5, B=3, I=4, two directions, ragged, with resets."""
     G, D, B = GATES[cell], 2, 3
     batch_sizes = torch.tensor([3, 3, 2, 1, 1])
 
@@ -32,35 +33,67 @@ def arguments(cell: str, dtype: torch.dtype, H: int = 24, P: int | None = None) 
     cx = draw(D, B, H) if cell == "lstm" else None
     hx, reset_hx = draw(D, B, P or H), draw(D, B, P or H)
     states = hx, cx, reset_hx, None if cx is None else draw(D, B, H)
-    return [draw(10, 4), *states, *lists, projection, batch_sizes, torch.rand(10) < 0.3, cell]
+    return [draw(10, 4), *states, *lists, projection, batch_sizes, torch.rand(10) < 0.3]
 
 
-def run(args: list[Any], kernels: str, allow_tf32: bool = False) -> list[torch.Tensor]:
-    """Every output and gradient of both passes."""
-    forward = library.layer_forward(*args, True, kernels, allow_tf32)
-    output, _, _, gates, cells = forward
-    upstream = torch.linspace(-1, 1, output.numel()).view_as(output).to(output.dtype)
-    *grads, weights = library.layer_backward(
-        *(upstream, None, None, *args, output, gates, cells, True, True, True),
-        *(kernels, allow_tf32),
+def options_of(cell: str) -> CellOptions:
+    """Tight enough to matter at every step."""
+    return CellOptions(
+        gate_slope=1.7 if GATES[cell] > 1 else 1.0,
+        cell_clip=0.4 if cell == "lstm" else None,
+        grad_clip_value=0.05,
     )
-    return [*forward, *grads, *weights]
 
 
+def run(args: list[Any], call: Call, recompute: bool = False) -> list[torch.Tensor]:
+    """Every output and gradient of both passes."""
+    output, h_n, c_n, gates, cells = library.layer_forward(
+        *args, *call.arguments, not recompute, True
+    )
+
+    def upstream(like: torch.Tensor) -> torch.Tensor:
+        return torch.linspace(-1, 1, like.numel()).view_as(like).to(like.dtype)
+
+    grads = upstream(output), None, None, upstream(cells) if call.cell == "lstm" else None
+    *gradients, weights = library.layer_backward(
+        *(*grads, *args, *call.arguments, output, gates, cells, True, True, True)
+    )
+    saved = [] if recompute else [gates]
+    return [output, h_n, c_n, cells, *saved, *gradients, *weights]
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "options"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cell", GATES)
-def test_families_agree(cell: str, dtype: torch.dtype) -> None:
-    args = arguments(cell, dtype)
-    persistent, stepwise = run(args, "persistent"), run(args, "stepwise")
+def test_families_agree(cell: str, dtype: torch.dtype, plain: bool) -> None:
+    args, options = arguments(cell, dtype), PLAIN if plain else options_of(cell)
+    calls = [Call(cell, options, kernels) for kernels in ("persistent", "stepwise", "auto")]
+    persistent, stepwise, auto = (run(args, call) for call in calls)
     tolerance = 64 * torch.finfo(dtype).eps
     for a, b in zip(persistent, stepwise, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-    assert all(torch.equal(a, b) for a, b in zip(run(args, "auto"), persistent, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(auto, persistent, strict=True))
+
+
+@pytest.mark.parametrize("kernels", ["persistent", "stepwise"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_rebuilt_gates_are_those_of_the_forward_pass(
+    cell: str, dtype: torch.dtype, kernels: str
+) -> None:
+    args, call = arguments(cell, dtype), Call(cell, options_of(cell), kernels)
+    output, h_n, c_n, cells, _, *saved = run(args, call)
+    rebuilt = run(args, call, recompute=True)
+    tolerance = 16 * torch.finfo(dtype).eps  # sums of another order
+    for a, b in zip(rebuilt, (output, h_n, c_n, cells, *saved), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def test_tf32_rounds_the_factors() -> None:
     args = arguments("gru", torch.float32)
-    exact, rounded = run(args, "persistent"), run(args, "persistent", allow_tf32=True)
+    exact, rounded = (
+        run(args, Call("gru", kernels="persistent", allow_tf32=tf32)) for tf32 in (False, True)
+    )
     error = max((a - b).abs().max().item() for a, b in zip(exact, rounded, strict=True) if len(a))
     assert 1e-6 < error < 1e-2
 
@@ -73,13 +106,13 @@ def test_tf32_rounds_the_factors() -> None:
     ],
 )
 def test_a_family_that_cannot_run_says_why(args: dict[str, Any], why: str) -> None:
-    layer = arguments("lstm", **args)
+    layer, persistent = arguments("lstm", **args), Call("lstm", kernels="persistent")
     with pytest.raises(RuntimeError, match=rf"^\[lstm\] the persistent kernels cannot .*: {why}"):
-        library.layer_forward(*layer, True, "persistent", False)
-    assert library.layer_forward(*layer, True, "auto", False)[0].isfinite().all()
+        library.layer_forward(*layer, *persistent.arguments, True, True)
+    assert library.layer_forward(*layer, *Call("lstm").arguments, True, True)[0].isfinite().all()
 
 
 def test_an_unknown_family_is_an_error() -> None:
     layer = arguments("gru", torch.float32)
     with pytest.raises(RuntimeError, match="must be auto, stepwise or persistent, got 'cudnn'"):
-        library.layer_forward(*layer, True, "cudnn", False)
+        library.layer_forward(*layer, *Call("gru", kernels="cudnn").arguments, True, True)

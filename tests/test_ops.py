@@ -148,7 +148,7 @@ def test_equal_lengths_make_a_dense_batch(
 
 def call_op(case: Problem, save: bool) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        return library.layer_forward(*case.op_arguments, save, "auto", False)
+        return library.layer_forward(*case.op_arguments, save, save)
 
 
 @each_kind
@@ -215,7 +215,7 @@ def test_saves_only_where_a_gradient_is_needed(kind: str) -> None:
         constant.run(ops.layer)
         with torch.no_grad():
             case.run(ops.layer)
-    assert [args[-3] for _, args in mode.calls] == [True, False, False]
+    assert [args[-2:] for _, args in mode.calls] == [(True, True), (False, False), (False, False)]
 
 
 @pytest.mark.own_ops
@@ -224,7 +224,7 @@ def test_computes_only_the_gradients_that_are_needed() -> None:
     case.weights.bias_hh[0].requires_grad_()
     with Calls() as mode:
         case.run(ops.layer)[0].sum().backward()
-    assert mode.calls[1][1][-5:-2] == (False, False, True)
+    assert mode.calls[1][1][-3:] == (False, False, True)
 
 
 def test_inference_mode() -> None:
@@ -399,7 +399,7 @@ def test_devices_without_kernels_run_torch(
 def test_missing_library_is_explained(tmp_path: Path) -> None:
     copy = tmp_path / "library.py"
     copy.write_text(Path(library.__file__).read_text())
-    spec = importlib.util.spec_from_file_location("library_alone", copy)
+    spec = importlib.util.spec_from_file_location("rnn_fused.library_alone", copy)
     assert spec is not None
     assert spec.loader is not None
     with pytest.raises(ImportError, match=r"cannot load its op library .*libops\.so"):

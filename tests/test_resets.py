@@ -200,12 +200,12 @@ def test_compiles_to_one_graph(kind: str) -> None:
 def test_opcheck(kind: str) -> None:
     options = {"resets": 0.4, "reset_state": True, "directions": 2, "dtype": torch.float32}
     case = problem(**KINDS[kind], **options)
-    torch.library.opcheck(library.layer_forward, (*case.op_arguments, True, "auto", False))
+    torch.library.opcheck(library.layer_forward, (*case.op_arguments, True, True))
     with torch.no_grad():
-        output, h_n, _, *saved = library.layer_forward(*case.op_arguments, True, "auto", False)
-    grads = torch.randn_like(output), torch.randn_like(h_n), None
+        output, h_n, _, *saved = library.layer_forward(*case.op_arguments, True, True)
+    grads = torch.randn_like(output), torch.randn_like(h_n), None, None
     frozen = case.map(lambda x: x.detach())
-    arguments = *grads, *frozen.op_arguments, output, *saved, True, True, True, "auto", False
+    arguments = *grads, *frozen.op_arguments, output, *saved, True, True, True
     torch.library.opcheck(library.layer_backward, arguments)
 
 

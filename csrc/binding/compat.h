@@ -123,8 +123,9 @@ inline void matmul(const Tensor& a, const Tensor& b, const Tensor& out, bool acc
   }
 }
 
-// out = a @ b for 16-bit a and b and out of float32. Only CUDA has it.
-inline void matmul_widened(const Tensor& a, const Tensor& b, const Tensor& out) {
+// out = a @ b, where out has the dtype of a and b or, for 16-bit ones, float32; CUDA only.
+inline void matmul_accumulated(const Tensor& a, const Tensor& b, const Tensor& out) {
+  if (a.scalar_type() == out.scalar_type()) return matmul(a, b, out);
 #ifdef RNN_FUSED_EMULATION
   return matmul(torch::stable::to(a, ScalarType::Float), torch::stable::to(b, ScalarType::Float),
                 out);

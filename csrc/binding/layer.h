@@ -1,6 +1,8 @@
 // The arguments of a layer's operators, checked and made contiguous: what both passes share.
 #pragma once
 
+#include <cmath>
+
 #include "csrc/binding/compat.h"
 #include "csrc/core/params.h"
 
@@ -27,6 +29,33 @@ inline DType parse_dtype(const std::string& cell, ScalarType type) {
        torch::headeronly::toString(type));
 }
 
+inline Options parse_options(const std::string& cell, double gate_slope,
+                             std::optional<double> cell_clip, std::optional<double> grad_clip) {
+  const auto check = [&](const char* what, double value) {
+    RNN_FUSED_CHECK(std::isfinite(value) && value > 0, "[", cell, "] ", what,
+                    " must be positive and finite, got ", value);
+  };
+  Options options;
+  check("gate_slope", gate_slope);
+  RNN_FUSED_CHECK(gate_slope == 1 || cell == "lstm" || cell == "gru", "[", cell,
+                  "] gate_slope needs gates, which an RNN has not, got ", gate_slope);
+  options.f64.gate_slope = gate_slope;
+  if (cell_clip) {
+    check("cell_clip", *cell_clip);
+    RNN_FUSED_CHECK(cell == "lstm", "[", cell, "] cell_clip needs the c of an LSTM, got ",
+                    *cell_clip);
+    options.f64.cell_clip = *cell_clip;
+  }
+  if (grad_clip) {
+    check("grad_clip_value", *grad_clip);
+    options.f64.grad_clip = *grad_clip;
+  }
+  options.f32 = {static_cast<float>(options.f64.gate_slope),
+                 static_cast<float>(options.f64.cell_clip),
+                 static_cast<float>(options.f64.grad_clip)};
+  return options;
+}
+
 inline std::string shape_string(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   std::ostringstream s;
   s << '[';
@@ -49,9 +78,11 @@ struct Layer {
         const OptionalTensor& reset_hx_, const OptionalTensor& reset_cx_, const Tensors& weight_ih_,
         const Tensors& weight_hh_, const Tensors& bias_ih_, const Tensors& bias_hh_,
         const Tensors& weight_hr_, const OptionalTensor& batch_sizes_,
-        const OptionalTensor& resets_, const std::string& cell)
+        const OptionalTensor& resets_, const std::string& cell, double gate_slope,
+        std::optional<double> cell_clip, std::optional<double> grad_clip)
       : name(cell) {
     shape.cell = parse_cell(cell);
+    shape.options = parse_options(cell, gate_slope, cell_clip, grad_clip);
     shape.dtype = parse_dtype(cell, input_.scalar_type());
     const int64_t D = static_cast<int64_t>(weight_ih_.size());
     RNN_FUSED_CHECK(D == 1 || D == 2, "[", name, "] weight_ih must hold 1 or 2 directions, got ",

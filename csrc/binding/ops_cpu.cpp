@@ -31,11 +31,13 @@ ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, Optiona
                              OptionalTensor reset_cx, Tensors weight_ih, Tensors weight_hh,
                              Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
                              OptionalTensor batch_sizes, OptionalTensor resets, std::string cell,
-                             bool save, std::string, bool) {
+                             double gate_slope, std::optional<double> cell_clip,
+                             std::optional<double> grad_clip, std::string, bool, bool save_gates,
+                             bool save_cells) {
   const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
-                    weight_hr, batch_sizes, resets, cell);
+                    weight_hr, batch_sizes, resets, cell, gate_slope, cell_clip, grad_clip);
   const bool input_by_library = by_library(layer, layer.G() * layer.shape.H, layer.I);
-  const ForwardPass pass(layer, save, input_by_library);
+  const ForwardPass pass(layer, save_gates, save_cells, input_by_library);
   if (layer.shape.B > 0) {
     if (input_by_library) pass.multiply_input();
     cpu_forward(selected_isa(), pass.params, torch_threads());
@@ -69,6 +71,19 @@ Rows previous_h(const Layer& layer, const Tensor& output, int d) {
                                            : initial + b * bytes;
   }
   return pointers;
+}
+
+void rebuild_gates(const Layer& layer, const BackwardPass& pass) {
+  const LayerShape& s = layer.shape;
+  for (int d = 0; d < s.directions; ++d) {
+    const Rows h = previous_h(layer, pass.output, d);
+    const DirectionWeights w = layer.direction(d);
+    cpu_gates(selected_isa(),
+              {s.cell, s.dtype, s.options, layer.N, layer.I, s.H, s.P, layer.input.const_data_ptr(),
+               h.data(), layer.weight_ih[d].const_data_ptr(), w.weight_hh, w.bias_ih, w.bias_hh,
+               at(pass.gates, d * layer.N * layer.S() * s.H)},
+              torch_threads());
+  }
 }
 
 // right[i].out = left[:, :rows].T @ right[i], with left `offset` elements into `grads`; where asked
@@ -165,16 +180,19 @@ void input_gradient(const Layer& layer, const Tensor& grad_gates, const Tensor& 
 }
 
 BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h_n,
-                               OptionalTensor grad_c_n, Tensor input, Tensor hx, OptionalTensor cx,
-                               OptionalTensor reset_hx, OptionalTensor reset_cx, Tensors weight_ih,
-                               Tensors weight_hh, Tensors bias_ih, Tensors bias_hh,
-                               Tensors weight_hr, OptionalTensor batch_sizes, OptionalTensor resets,
-                               std::string cell, Tensor output, Tensor gates, Tensor cells,
-                               bool need_input, bool need_state, bool need_weights, std::string,
-                               bool) {
+                               OptionalTensor grad_c_n, OptionalTensor grad_cells, Tensor input,
+                               Tensor hx, OptionalTensor cx, OptionalTensor reset_hx,
+                               OptionalTensor reset_cx, Tensors weight_ih, Tensors weight_hh,
+                               Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
+                               OptionalTensor batch_sizes, OptionalTensor resets, std::string cell,
+                               double gate_slope, std::optional<double> cell_clip,
+                               std::optional<double> grad_clip, std::string, bool, Tensor output,
+                               Tensor gates, Tensor cells, bool need_input, bool need_state,
+                               bool need_weights) {
   const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
-                    weight_hr, batch_sizes, resets, cell);
-  const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, output, gates, cells);
+                    weight_hr, batch_sizes, resets, cell, gate_slope, cell_clip, grad_clip);
+  const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, grad_cells, output, gates, cells);
+  if (pass.rebuild_gates) rebuild_gates(layer, pass);
   if (layer.shape.B > 0) cpu_backward(selected_isa(), pass.params, torch_threads());
 
   Tensor grad_input = layer.allocate_if(need_input, layer.rows_shape(layer.I));

@@ -63,11 +63,7 @@ struct TorchProduct {
   static void multiply(void* context, const DeviceMatrix& a, const DeviceMatrix& b,
                        const DeviceMatrix& out) {
     const auto& self = *static_cast<TorchProduct*>(context);
-    const Tensor left = self.tensor(a), right = self.tensor(b), result = self.tensor(out);
-    if (a.dtype == out.dtype)
-      matmul(left, right, result);
-    else
-      matmul_widened(left, right, result);
+    matmul_accumulated(self.tensor(a), self.tensor(b), self.tensor(out));
   }
 
   DeviceProduct product() { return {multiply, this}; }
@@ -143,20 +139,45 @@ ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, Optiona
                              OptionalTensor reset_cx, Tensors weight_ih, Tensors weight_hh,
                              Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
                              OptionalTensor batch_sizes, OptionalTensor resets, std::string cell,
-                             bool save, std::string kernels, bool allow_tf32) {
+                             double gate_slope, std::optional<double> cell_clip,
+                             std::optional<double> grad_clip, std::string kernels, bool allow_tf32,
+                             bool save_gates, bool save_cells) {
   const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
-                    weight_hr, batch_sizes, resets, cell);
+                    weight_hr, batch_sizes, resets, cell, gate_slope, cell_clip, grad_clip);
   const OnDevice device(layer.input);
   const Precision precision = allow_tf32 ? Precision::tf32 : Precision::exact;
   const CudaPlan plan = choose(layer, kernels, precision, false);
-  if (save) choose(layer, kernels, precision, true);  // refuse now what the backward pass would
-  const ForwardPass pass(layer, save, true);
+  if (save_gates || save_cells)
+    choose(layer, kernels, precision, true);  // refuse now what the backward pass would
+  const ForwardPass pass(layer, save_gates, save_cells, true);
   if (layer.shape.B > 0) {
     pass.multiply_input();
     run_forward(layer, plan, precision, pass.params, device.stream);
   }
   return pass.results();
 }
+
+// Some rows at a time, since the sums are as large as the gates.
+void rebuild_gates(const Layer& layer, const BackwardPass& pass, cudaStream_t stream) {
+  constexpr int64_t kSums = 1 << 22;  // values
+  const LayerShape& s = layer.shape;
+  const int64_t N = layer.N, P = s.P, GH = layer.G() * s.H, SH = layer.S() * s.H;
+  const int64_t chunk = std::clamp<int64_t>(kSums / GH, 1, N);
+  const Tensor h = allocate(layer.input, {N, P});
+  const Tensor sums = allocate(layer.input, {chunk, GH}, layer.cell_dtype());
+  for (int d = 0; d < s.directions; ++d) {
+    multiply_input(layer, d, pass.gates, SH, d * N * SH);
+    gather_previous_h(pass.params, d, h.mutable_data_ptr(), stream);
+    const Tensor weights = matrix(layer.weight_hh[d], P, GH, 1, P);
+    for (int64_t n = 0; n < N; n += chunk) {
+      const int64_t rows = std::min(chunk, N - n);
+      matmul_accumulated(matrix(h, rows, P, P, 1, n * P), weights, matrix(sums, rows, GH, GH));
+      activate_gates(s, layer.direction(d), rows, sums.const_data_ptr(),
+                     at(pass.gates, (d * N + n) * SH), stream);
+    }
+  }
+}
+
 // Everything behind the loop is large products of torch's.
 void input_gradient(const Layer& layer, const Tensor& grad_gates, const Tensor& grad_input) {
   const int64_t N = layer.N, GH = layer.G() * layer.shape.H, SH = layer.S() * layer.shape.H;
@@ -210,19 +231,22 @@ WeightGradients weight_gradients(const Layer& layer, const BackwardPass& pass,
 }
 
 BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h_n,
-                               OptionalTensor grad_c_n, Tensor input, Tensor hx, OptionalTensor cx,
-                               OptionalTensor reset_hx, OptionalTensor reset_cx, Tensors weight_ih,
-                               Tensors weight_hh, Tensors bias_ih, Tensors bias_hh,
-                               Tensors weight_hr, OptionalTensor batch_sizes, OptionalTensor resets,
-                               std::string cell, Tensor output, Tensor gates, Tensor cells,
-                               bool need_input, bool need_state, bool need_weights,
-                               std::string kernels, bool allow_tf32) {
+                               OptionalTensor grad_c_n, OptionalTensor grad_cells, Tensor input,
+                               Tensor hx, OptionalTensor cx, OptionalTensor reset_hx,
+                               OptionalTensor reset_cx, Tensors weight_ih, Tensors weight_hh,
+                               Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
+                               OptionalTensor batch_sizes, OptionalTensor resets, std::string cell,
+                               double gate_slope, std::optional<double> cell_clip,
+                               std::optional<double> grad_clip, std::string kernels,
+                               bool allow_tf32, Tensor output, Tensor gates, Tensor cells,
+                               bool need_input, bool need_state, bool need_weights) {
   const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
-                    weight_hr, batch_sizes, resets, cell);
+                    weight_hr, batch_sizes, resets, cell, gate_slope, cell_clip, grad_clip);
   const OnDevice device(layer.input);
   const Precision precision = allow_tf32 ? Precision::tf32 : Precision::exact;
   const CudaPlan plan = choose(layer, kernels, precision, true);
-  const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, output, gates, cells);
+  const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, grad_cells, output, gates, cells);
+  if (pass.rebuild_gates) rebuild_gates(layer, pass, device.stream);
   if (layer.shape.B > 0) run_backward(layer, plan, precision, pass.params, device.stream);
   Tensor grad_input = layer.allocate_if(need_input, layer.rows_shape(layer.I));
   if (need_input && layer.N > 0) input_gradient(layer, pass.grad_gates, grad_input);

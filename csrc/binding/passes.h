@@ -13,6 +13,14 @@ inline const void* at(const OptionalTensor& t, int64_t offset) {
   return t ? static_cast<const char*>(t->const_data_ptr()) + offset * t->element_size() : nullptr;
 }
 
+// W_ih x of direction d by torch's library, into rows `stride` apart from element `origin` on.
+inline void multiply_input(const Layer& layer, int d, const Tensor& out, int64_t stride,
+                           int64_t origin) {
+  const int64_t N = layer.N, I = layer.I, GH = layer.G() * layer.shape.H;
+  matmul(matrix(layer.input, N, I, I), matrix(layer.weight_ih[d], I, GH, 1, I),
+         matrix(out, N, GH, stride, 1, origin));
+}
+
 using ForwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 struct ForwardPass {
@@ -20,7 +28,8 @@ struct ForwardPass {
   ForwardParams params;
 
   // With input_in_gates the caller puts W_ih x into products() before the loop.
-  ForwardPass(const Layer& layer, bool save, bool input_in_gates) : layer_(layer) {
+  ForwardPass(const Layer& layer, bool save_gates, bool save_cells, bool input_in_gates)
+      : layer_(layer) {
     const LayerShape& s = layer.shape;
     const int64_t D = layer.D(), N = layer.N;
     output = allocate(layer.input, layer.rows_shape(D * s.P));
@@ -28,11 +37,12 @@ struct ForwardPass {
     c_n = layer.allocate_if(layer.lstm(), {D, s.B, s.H});
     // The GRU's hn needs room only where it is saved; an RNN saves nothing but its output, and its
     // pre-activations can lie where that will.
-    const int64_t stride = layer.rnn() ? D * s.P : (save ? layer.S() : layer.G()) * s.H;
-    const bool has_gates = !layer.rnn() && (save || input_in_gates);
+    const int64_t stride = layer.rnn() ? D * s.P : (save_gates ? layer.S() : layer.G()) * s.H;
+    const bool has_gates = !layer.rnn() && (save_gates || input_in_gates);
     gates = layer.allocate_if(has_gates, {D, N, stride / s.H, s.H});
-    cells = layer.allocate_if(save && layer.lstm(), {D, N, s.H}, layer.cell_dtype());
-    params = {s, {}, layer.input.const_data_ptr(), layer.I, input_in_gates, stride, D * s.P, save};
+    cells = layer.allocate_if(save_cells && layer.lstm(), {D, N, s.H}, layer.cell_dtype());
+    params = {s,       {},        layer.input.const_data_ptr(), layer.I, input_in_gates, stride,
+              D * s.P, save_gates};
     for (int d = 0; d < s.directions; ++d)
       params.direction[d] = {layer.direction(d),
                              layer.weight_ih[d].const_data_ptr(),
@@ -43,16 +53,13 @@ struct ForwardPass {
                              layer.lstm() ? at(c_n, d * s.B * s.H) : nullptr};
   }
 
-  // W_ih x by torch's library.
   void multiply_input() const {
-    const int64_t N = layer_.N, I = layer_.I, GH = layer_.G() * layer_.shape.H;
     for (int d = 0; d < layer_.shape.directions; ++d)
-      matmul(matrix(layer_.input, N, I, I), matrix(layer_.weight_ih[d], I, GH, 1, I),
-             matrix(place(), N, GH, params.gates_stride, 1, origin(d)));
+      rnn_fused::multiply_input(layer_, d, place(), params.gates_stride, origin(d));
   }
 
   ForwardTensors results() const {
-    return {output, h_n, c_n, params.save ? gates : layer_.allocate_if(false, {}), cells};
+    return {output, h_n, c_n, params.save_gates ? gates : layer_.allocate_if(false, {}), cells};
   }
 
  private:
@@ -68,26 +75,40 @@ using BackwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
 struct BackwardPass {
   Tensor output, gates, cells;  // of the forward pass
-  OptionalTensor grad_output, grad_h_n, grad_c_n;
+  bool rebuild_gates = false;   // which are not there: in grad_gates, whose place they have
+  OptionalTensor grad_output, grad_h_n, grad_c_n, grad_cells;
   Tensor grad_gates, grad_projected, hidden, grad_hx, grad_cx;
   OptionalTensor grad_reset_hx, grad_reset_cx;  // in the accumulation type
   BackwardParams params;
 
   BackwardPass(const Layer& layer, const OptionalTensor& grad_output_,
                const OptionalTensor& grad_h_n_, const OptionalTensor& grad_c_n_,
-               const Tensor& output_, const Tensor& gates_, const Tensor& cells_) {
+               const OptionalTensor& grad_cells_, const Tensor& output_, const Tensor& gates_,
+               const Tensor& cells_) {
     const LayerShape& s = layer.shape;
     const int64_t D = layer.D(), N = layer.N, H = s.H, SH = layer.S() * H;
     output = layer.checked(output_, "output", layer.rows_shape(D * s.P), "[..., D*P]");
+    grad_gates = allocate(layer.input, {D, N, SH});
+    const bool saved = gates_.dim() != 1;
+    rebuild_gates = !layer.rnn() && !saved && N > 0;
     if (!layer.rnn())
-      gates = layer.checked(gates_, "gates", {D, N, layer.S(), H},
-                            "[D, N, 4, H] (saved by the forward pass)");
+      gates = saved ? layer.checked(gates_, "gates", {D, N, layer.S(), H},
+                                    "[D, N, 4, H] (saved by the forward pass)")
+                    : grad_gates;
     if (layer.lstm()) {
       RNN_FUSED_CHECK(cells_.numel() == D * N * H && cells_.scalar_type() == layer.cell_dtype() &&
                           layer.same_device(cells_),
                       "[lstm] cells must be what the forward pass saved, [D, N, H] = ", D * N * H,
                       " values, got ", shape_string(cells_.sizes()));
       cells = as_contiguous(cells_);
+    }
+    if (grad_cells_) {
+      RNN_FUSED_CHECK(layer.lstm() && grad_cells_->sizes() == cells_.sizes() &&
+                          grad_cells_->scalar_type() == layer.cell_dtype() &&
+                          layer.same_device(*grad_cells_),
+                      "[", layer.name, "] grad_cells must be like the cells of an LSTM, got shape ",
+                      shape_string(grad_cells_->sizes()));
+      grad_cells = as_contiguous(*grad_cells_);
     }
     const auto gradient = [&](const OptionalTensor& t, const char* what,
                               std::vector<int64_t> sizes) {
@@ -97,7 +118,6 @@ struct BackwardPass {
     grad_h_n = gradient(grad_h_n_, "grad_h_n", {D, s.B, s.P});
     if (layer.lstm()) grad_c_n = gradient(grad_c_n_, "grad_c_n", {D, s.B, H});
 
-    grad_gates = allocate(layer.input, {D, N, SH});
     grad_projected = layer.allocate_if(s.projected(), {D, N, s.P});
     hidden = layer.allocate_if(s.projected(), {D, N, H});
     grad_hx = allocate(layer.input, {D, s.B, s.P});
@@ -116,6 +136,7 @@ struct BackwardPass {
                              at(grad_output, d * s.P),
                              at(grad_h_n, d * s.B * s.P),
                              layer.lstm() ? at(grad_c_n, d * s.B * H) : nullptr,
+                             at(grad_cells, d * N * H),
                              at(grad_gates, d * N * SH),
                              s.projected() ? at(grad_projected, d * N * s.P) : nullptr,
                              s.projected() ? at(hidden, d * N * H) : nullptr,

@@ -5,9 +5,23 @@
 // summed. Equations: docs/design.md and rnn_fused/reference.py.
 #pragma once
 
-#include "csrc/core/host_device.h"
+#include "csrc/core/params.h"
 
 namespace rnn_fused {
+
+// NaN stays NaN; a bound that is NaN is none.
+template <class V, class A>
+RNN_FUSED_HD V clip(V x, A bound) {
+  const V high = V{} + bound, low = V{} - bound;
+  return x > high ? high : x < low ? low : x;
+}
+
+// The gradient of x, from that of clip(x, bound): none where the bound is reached.
+template <class V, class A>
+RNN_FUSED_HD V through_clip(V clipped, A bound, V grad) {
+  const V high = V{} + bound, low = V{} - bound;
+  return clipped >= high ? V{} : clipped <= low ? V{} : grad;
+}
 
 template <class V>
 struct LstmGates {
@@ -19,14 +33,20 @@ struct LstmState {
   V h, c;
 };
 
-// Activates `a` in place.
-template <class M, class V>
-RNN_FUSED_HD LstmState<V> lstm_forward(LstmGates<V>& a, V c_prev) {
-  a.i = M::sigmoid(a.i);
-  a.f = M::sigmoid(a.f);
+// Activates pre-activations in place.
+template <class M, class V, class A>
+RNN_FUSED_HD void lstm_activate(LstmGates<V>& a, const CellOptions<A>& options) {
+  a.i = M::sigmoid(options.gate_slope * a.i);
+  a.f = M::sigmoid(options.gate_slope * a.f);
   a.g = M::tanh(a.g);
-  a.o = M::sigmoid(a.o);
-  const V c = a.f * c_prev + a.i * a.g;
+  a.o = M::sigmoid(options.gate_slope * a.o);
+}
+
+// The state from the activated gates.
+template <class M, class V, class A>
+RNN_FUSED_HD LstmState<V> lstm_forward(const LstmGates<V>& a, V c_prev,
+                                       const CellOptions<A>& options) {
+  const V c = clip(a.f * c_prev + a.i * a.g, options.cell_clip);
   return {a.o * M::tanh(c), c};
 }
 
@@ -37,14 +57,17 @@ struct LstmGrads {
   V hidden;  // o * tanh(c), recomputed: a projection's weight gradient needs it
 };
 
-// `a` holds the activated gates, dh the gradient of o * tanh(c), dc that of c from later timesteps.
-template <class M, class V>
-RNN_FUSED_HD LstmGrads<V> lstm_backward(const LstmGates<V>& a, V c, V c_prev, V dh, V dc) {
+// `a` holds the activated gates, dh the gradient of o * tanh(c), dc that of c from elsewhere.
+template <class M, class V, class A>
+RNN_FUSED_HD LstmGrads<V> lstm_backward(const LstmGates<V>& a, V c, V c_prev, V dh, V dc,
+                                        const CellOptions<A>& options) {
+  const A slope = options.gate_slope;
   const V tanh_c = M::tanh(c);
-  const V dc_total = dc + dh * a.o * (1 - tanh_c * tanh_c);
-  return {{dc_total * a.g * a.i * (1 - a.i), dc_total * c_prev * a.f * (1 - a.f),
-           dc_total * a.i * (1 - a.g * a.g), dh * tanh_c * a.o * (1 - a.o)},
-          dc_total * a.f,
+  const V dc_total = through_clip(c, options.cell_clip, dc + dh * a.o * (1 - tanh_c * tanh_c));
+  return {{dc_total * a.g * a.i * (slope - slope * a.i),
+           dc_total * c_prev * a.f * (slope - slope * a.f), dc_total * a.i * (1 - a.g * a.g),
+           dh * tanh_c * a.o * (slope - slope * a.o)},
+          clip(dc_total * a.f, options.grad_clip),
           a.o * tanh_c};
 }
 
@@ -54,12 +77,17 @@ struct GruGates {
   V hn;  // W_hn h + b_hn, which the reset gate multiplies
 };
 
-// Activates `a` in place and returns h. On entry a.n is W_in x + b_in alone.
-template <class M, class V>
-RNN_FUSED_HD V gru_forward(GruGates<V>& a, V h_prev) {
-  a.r = M::sigmoid(a.r);
-  a.z = M::sigmoid(a.z);
+// On entry a.n is W_in x + b_in alone.
+template <class M, class V, class A>
+RNN_FUSED_HD void gru_activate(GruGates<V>& a, const CellOptions<A>& options) {
+  a.r = M::sigmoid(options.gate_slope * a.r);
+  a.z = M::sigmoid(options.gate_slope * a.z);
   a.n = M::tanh(a.n + a.r * a.hn);
+}
+
+// h from the activated gates.
+template <class V>
+RNN_FUSED_HD V gru_forward(const GruGates<V>& a, V h_prev) {
   return a.n + a.z * (h_prev - a.n);
 }
 
@@ -69,10 +97,13 @@ struct GruGrads {
   V h_prev;  // the direct path h -> z * h_prev; the paths through W_hh come from the product
 };
 
-template <class V>
-RNN_FUSED_HD GruGrads<V> gru_backward(const GruGates<V>& a, V h_prev, V dh) {
+template <class V, class A>
+RNN_FUSED_HD GruGrads<V> gru_backward(const GruGates<V>& a, V h_prev, V dh,
+                                      const CellOptions<A>& options) {
+  const A slope = options.gate_slope;
   const V dn = dh * (1 - a.z) * (1 - a.n * a.n);
-  return {{dn * a.hn * a.r * (1 - a.r), dh * (h_prev - a.n) * a.z * (1 - a.z), dn, dn * a.r},
+  return {{dn * a.hn * a.r * (slope - slope * a.r),
+           dh * (h_prev - a.n) * a.z * (slope - slope * a.z), dn, dn * a.r},
           dh * a.z};
 }
 

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "csrc/core/host_device.h"
 
@@ -30,6 +31,29 @@ RNN_FUSED_HD constexpr int saved_count(Cell cell) {
   return cell == Cell::gru ? 4 : gate_count(cell);
 }
 
+// What a cell does besides its equations, in the type of its maths. The values here change nothing:
+// no comparison with NaN, for a bound, is true.
+template <class A>
+struct CellOptions {
+  A gate_slope = 1;                                   // gates are sigmoid(gate_slope * x)
+  A cell_clip = std::numeric_limits<A>::quiet_NaN();  // |c| is at most this
+  A grad_clip = std::numeric_limits<A>::quiet_NaN();  // and each |dh|, |dc| that leaves a step
+};
+
+// The same twice, so that no kernel converts them.
+struct Options {
+  CellOptions<float> f32 = {};
+  CellOptions<double> f64 = {};
+
+  template <class A>
+  RNN_FUSED_HD const CellOptions<A>& of() const {
+    if constexpr (sizeof(A) == sizeof(double))
+      return f64;
+    else
+      return f32;
+  }
+};
+
 struct LayerShape {
   Cell cell;
   DType dtype;
@@ -40,6 +64,7 @@ struct LayerShape {
   // [N] or null: whether the row's sequence has its state reset between the timestep before and the
   // row's own; at its first, whether the forward direction begins with the reset state.
   const bool* resets = nullptr;
+  Options options = {};
 
   // Sequences that reach timestep t, and the row of the first.
   RNN_FUSED_HD int64_t active(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
@@ -76,10 +101,10 @@ struct DirectionWeights {
 struct ForwardDirection : DirectionWeights {
   const void* weight_ih;  // [G*H, I]
   // [N, gates_stride] or null. With input_in_gates it holds W_ih x on entry, [N, G*H], and may
-  // alias output for an RNN. With save the activated gates are left in it: LSTM (i, f, g, o), GRU
-  // (r, z, n, hn).
+  // alias output for an RNN. With save_gates the activated gates are left in it: LSTM (i, f, g, o),
+  // GRU (r, z, n, hn).
   void* gates;
-  void* cells;   // [N, H] c of every row in the accumulation type; LSTM with save only, else null
+  void* cells;   // [N, H] c of every row in the accumulation type, or null; LSTM only
   void* output;  // [N, output_stride], this direction's first column
   void* h_n;     // [B, P]
   void* c_n;     // [B, H]; LSTM only
@@ -92,16 +117,18 @@ struct ForwardParams : LayerShape {
   bool input_in_gates;    // the caller multiplied W_ih x
   int64_t gates_stride;   // elements between rows of gates
   int64_t output_stride;  // elements between rows of output
-  bool save;
+  bool save_gates;
 };
 
 struct BackwardDirection : DirectionWeights {
-  const void* gates;        // [N, S*H] as saved; null for an RNN
+  // [N, S*H] as saved; null for an RNN. May be grad_gates, whose rows it then leaves one by one.
+  const void* gates;
   const void* cells;        // [N, H] as saved; LSTM only
   const void* output;       // [N, output_stride]
   const void* grad_output;  // [N, output_stride] or null for zero
   const void* grad_h_n;     // [B, P] or null for zero
   const void* grad_c_n;     // [B, H] or null for zero
+  const void* grad_cells;   // [N, H] in the accumulation type, or null for zero; LSTM only
   // Gradients of the pre-activations, [N, S*H]: LSTM (i, f, g, o), GRU (r, z, n, hn), RNN (a).
   void* grad_gates;
   // With a projection only: what dW_hr = grad_projected^T hidden needs.
@@ -117,6 +144,19 @@ struct BackwardDirection : DirectionWeights {
 struct BackwardParams : LayerShape {
   BackwardDirection direction[2];
   int64_t output_stride;  // elements between rows of output and grad_output
+};
+
+// The activated gates of one direction of an LSTM or GRU, from the h's of its forward pass. N at
+// least 1.
+struct GatesParams {
+  Cell cell;
+  DType dtype;
+  Options options;
+  int64_t N, I, H, P;
+  const void* input;          // [N, I]
+  const void* const* h_prev;  // N pointers to rows of P: h before each row's step
+  const void *weight_ih, *weight_hh, *bias_ih, *bias_hh;  // as in ForwardDirection
+  void* gates;                                            // [N, S*H]
 };
 
 // dx = sum over directions of grad_gates[:, :K] @ weight_ih. N at least 1.

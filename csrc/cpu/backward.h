@@ -34,6 +34,7 @@ class Backward {
  public:
   Backward(const BackwardParams& params, const Schedule& schedule, const Host& host)
       : p_(params),
+        options_(params.options.of<A>()),
         schedule_(schedule),
         host_(host),
         Hp_(round_up(params.H, kPanel)),
@@ -69,11 +70,16 @@ class Backward {
     const typename Recurrent::From from = kGru ? typename Recurrent::From{dh.first, Pp_, kPanel}
                                                : typename Recurrent::From{kZeros<A>, 0, 0};
     dir.weights.multiply(operand, Kp_, rows.begin, rows.end, panels.begin, panels.end, from, dh);
-    if (!p_.resets) return;
-    for (int64_t b = rows.begin; b < rows.end; ++b)
-      if (p_.enters_reset(d, t, b))
-        for (int64_t j = columns.begin; j < columns.end; j += kWidth)
-          end_at_reset(dir.grad_reset_h, b * p_.P + j, dir.dh + b * Pp_ + j, p_.P - j);
+    const bool clips = options_.grad_clip > 0;
+    if (!clips && !p_.resets) return;
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      const bool reset = p_.enters_reset(d, t, b);
+      for (int64_t j = columns.begin; j < columns.end && (clips || reset); j += kWidth) {
+        A* gradient = dir.dh + b * Pp_ + j;
+        store(gradient, clip(load(gradient), options_.grad_clip));
+        if (reset) end_at_reset(dir.grad_reset_h, b * p_.P + j, gradient, p_.P - j);
+      }
+    }
   }
 
  private:
@@ -156,8 +162,11 @@ class Backward {
         const V c_prev = first ? load(c_first + b * H + j, n) : load(cells + row_before * H + j, n);
         const V dh = p_.projected() ? load(dir.dhidden + b * Hp_ + j) : total_dh(dir, row, b, j);
         A* dc = dir.dc + b * Hp_ + j;
+        V dc_total = load(dc);
+        if (dir.grad_cells)
+          dc_total += load(static_cast<const A*>(dir.grad_cells) + row * H + j, n);
         const LstmGrads<V> g =
-            lstm_backward<Math<A>>(a, load(cells + row * H + j, n), c_prev, dh, load(dc));
+            lstm_backward<Math<A>>(a, load(cells + row * H + j, n), c_prev, dh, dc_total, options_);
         put(0, g.gates.i, 0);
         put(1, g.gates.f, 1);
         put(2, g.gates.g, 2);
@@ -173,7 +182,7 @@ class Backward {
                                  load(gates + 2 * H + j, n), load(gates + 3 * H + j, n)};
           const V h_prev = first ? load(h_first + b * H + j, n)
                                  : load(output + row_before * p_.output_stride + j, n);
-          const GruGrads<V> g = gru_backward(a, h_prev, dh);
+          const GruGrads<V> g = gru_backward(a, h_prev, dh, options_);
           put(0, g.gates.r, 0);
           put(1, g.gates.z, 1);
           put(2, g.gates.n, -1);
@@ -188,6 +197,7 @@ class Backward {
   }
 
   const BackwardParams& p_;
+  const CellOptions<A> options_;
   const Schedule& schedule_;
   const Host& host_;
   const int64_t Hp_, Pp_;  // H and P padded to whole panels

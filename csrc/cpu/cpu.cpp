@@ -34,6 +34,10 @@ void cpu_backward(Isa isa, const BackwardParams& params, const Host& host) {
   run<BackwardParams>(RNN_FUSED_KERNEL(backward), params, host);
 }
 
+void cpu_gates(Isa isa, const GatesParams& params, const Host& host) {
+  RNN_FUSED_KERNEL(gates)(params, host);
+}
+
 void cpu_input_gradient(Isa isa, const InputGradientParams& params, const Host& host) {
   RNN_FUSED_KERNEL(input_gradient)(params, host);
 }

@@ -8,9 +8,10 @@
 
 namespace rnn_fused {
 
-// T, B and H at least 1. Throws nothing but std::bad_alloc, before any output is written.
+// T, B, N and H at least 1. Throws nothing but std::bad_alloc, before any output is written.
 void cpu_forward(Isa isa, const ForwardParams& params, const Host& host);
 void cpu_backward(Isa isa, const BackwardParams& params, const Host& host);
+void cpu_gates(Isa isa, const GatesParams& params, const Host& host);
 void cpu_input_gradient(Isa isa, const InputGradientParams& params, const Host& host);
 void cpu_outer_product(Isa isa, const OuterProductParams& params, const Host& host);
 
@@ -24,6 +25,7 @@ struct Schedule : Plan {
   namespace name {                                                                         \
   void forward(const ForwardParams& params, const Schedule& schedule, const Host& host);   \
   void backward(const BackwardParams& params, const Schedule& schedule, const Host& host); \
+  void gates(const GatesParams& params, const Host& host);                                 \
   void input_gradient(const InputGradientParams& params, const Host& host);                \
   void outer_product(const OuterProductParams& params, const Host& host);                  \
   }

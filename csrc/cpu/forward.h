@@ -32,6 +32,7 @@ class Forward {
  public:
   Forward(const ForwardParams& params, const Schedule& schedule, const Host& host)
       : p_(params),
+        options_(params.options.of<A>()),
         schedule_(schedule),
         host_(host),
         Hp_(round_up(params.H, Gate::kPanelWidth)),
@@ -134,15 +135,16 @@ class Forward {
       LstmGates<V> a = {load(slot), load(slot + kWidth), load(slot + 2 * kWidth),
                         load(slot + 3 * kWidth)};
       A* c = dir.c + b * Hp_ + unit;
-      const LstmState<V> state = lstm_forward<Math<A>>(a, load(c));
+      lstm_activate<Math<A>>(a, options_);
+      const LstmState<V> state = lstm_forward<Math<A>>(a, load(c), options_);
       store(c, reset ? load(static_cast<const T*>(dir.reset_c) + b * p_.H + unit, n) : state.c);
-      if (p_.save) {
+      if (p_.save_gates) {
         save(0, a.i);
         save(1, a.f);
         save(2, a.g);
         save(3, a.o);
-        store(static_cast<A*>(dir.cells) + row * p_.H + unit, state.c, n);
       }
+      if (dir.cells) store(static_cast<A*>(dir.cells) + row * p_.H + unit, state.c, n);
       if (p_.projected())
         store(dir.hidden + b * Hp_ + unit, state.h, n);
       else
@@ -150,8 +152,9 @@ class Forward {
     } else if constexpr (kGru) {
       GruGates<V> a = {load(slot + kWidth), load(slot + 2 * kWidth), load(slot),
                        load(slot + 3 * kWidth)};
-      const V new_h = gru_forward<Math<A>>(a, load(h + b * Pp_ + unit));
-      if (p_.save) {
+      gru_activate<Math<A>>(a, options_);
+      const V new_h = gru_forward(a, load(h + b * Pp_ + unit));
+      if (p_.save_gates) {
         save(0, a.r);
         save(1, a.z);
         save(2, a.n);
@@ -200,6 +203,7 @@ class Forward {
   }
 
   const ForwardParams& p_;
+  const CellOptions<A> options_;
   const Schedule& schedule_;
   const Host& host_;
   const int64_t Hp_, Pp_;  // H and P padded to whole panels

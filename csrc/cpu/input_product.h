@@ -7,11 +7,57 @@
 
 namespace rnn_fused::RNN_FUSED_ISA {
 
+// The biases that the registers of a panel begin with, zero-padded.
+template <class T, Cell kCell>
+class GateBias {
+  using A = Acc<T>;
+  using Gate = GateWeights<T, kCell>;
+  static constexpr bool kGru = kCell == Cell::gru;
+  static constexpr int kWidth = kLanes<A>;
+
+ public:
+  static constexpr int kFirstGate = kGru ? 2 : 0;
+  static constexpr int kRegisters = static_cast<int>(Gate::kPanelWidth / kWidth);
+
+  GateBias() = default;
+  GateBias(int64_t H, const void* bias_ih, const void* bias_hh)
+      : sums_(Buffer<A>::zeros(Gate::panel_count(H) * Gate::kPanelWidth)),
+        hn_(Buffer<A>::zeros(Gate::panel_count(H) * kWidth)) {
+    const auto add = [](A* sum, const void* bias, Range lanes) {
+      if (!bias || lanes.end == 0) return;
+      const T* from = static_cast<const T*>(bias) + lanes.begin;
+      store(sum, load(sum) + load(from, static_cast<int>(lanes.end)));
+    };
+    for (int64_t p = 0; p < Gate::panel_count(H); ++p)
+      for (int v = 0; v < kRegisters; ++v) {
+        A* sum = sums_ + p * Gate::kPanelWidth + v * kWidth;
+        add(sum, bias_ih, lanes(H, p, v));
+        add(kGru && v == 0 ? hn_ + p * kWidth : sum, bias_hh, lanes(H, p, v));
+      }
+  }
+
+  const A* sums(int64_t panel) const { return sums_ + panel * Gate::kPanelWidth; }
+  const A* hn(int64_t panel) const { return hn_ + panel * kWidth; }  // b_hn of a GRU
+
+  // Where register v of a panel lies in a row of gates, and how many of its lanes exist.
+  static Range lanes(int64_t H, int64_t panel, int v) {
+    const bool neighbours = Gate::kColumns == Gate::kPanelWidth;
+    const int64_t unit = panel * Gate::kColumns + (neighbours ? v * kWidth : 0);
+    const int gate = neighbours ? 0 : (v + kFirstGate) % kRegisters;
+    return {unit + gate * H, std::clamp<int64_t>(H - unit, 0, kWidth)};
+  }
+
+ private:
+  Buffer<A> sums_;  // [panels, kPanelWidth]
+  Buffer<A> hn_;    // [panels, kLanes]
+};
+
 template <class T, Cell kCell>
 class InputProduct {
   using A = Acc<T>;
   using V = Vec<A>;
   using Gate = GateWeights<T, kCell>;
+  using Bias = GateBias<T, kCell>;
   static constexpr bool kGru = kCell == Cell::gru;
   static constexpr int kWidth = kLanes<A>;
 
@@ -27,13 +73,13 @@ class InputProduct {
         panels_(Gate::panel_count(params.H)),
         parts_(schedule.unit_parts),
         direct_(std::is_same_v<Operand<T>, T> && params.I % Product<T>::kDepth == 0),
-        ldx_(padded_depth<T>(params.I)) {
+        ldx_(padded_depth<T>(params.I)),
+        bias_(params.H, dir.bias_ih, dir.bias_hh) {
     const int64_t rows = std::max<int64_t>(params.B / schedule.row_parts, 1);
     chunk_ = std::clamp<int64_t>(rows_per_chunk() / rows, 1, params.T);
     sums_ = Buffer<A>(panels_ * panel_stride());
-    prepare_bias(dir);
     if (params.input_in_gates) return;
-    weights_ = Gate(dir.weight_ih, params.H, params.I, schedule.pack, kFirstGate);
+    weights_ = Gate(dir.weight_ih, params.H, params.I, schedule.pack, Bias::kFirstGate);
     if (!direct_) converted_ = Buffer<Operand<T>>::zeros(parts_ * chunk_ * params.B * ldx_);
   }
 
@@ -66,7 +112,7 @@ class InputProduct {
         const Operand<T>* x = direct_ ? reinterpret_cast<const Operand<T>*>(input(t, b))
                                       : converted + (t % chunk_ * p_->B + b) * ldx_;
         weights_.multiply(x, (direct_ ? p_->I : ldx_) * stride, 0, count, p, p + 1,
-                          {bias_.get(), 0, Gate::kPanelWidth},
+                          {bias_.sums(0), 0, Gate::kPanelWidth},
                           {at(0, t) + b * kSlot, stride * kSlot, panel_stride()});
       };
       const int64_t count = rows.end - rows.begin, depth = window.end - window.begin;
@@ -83,9 +129,6 @@ class InputProduct {
   }
 
  private:
-  static constexpr int kFirstGate = kGru ? 2 : 0;
-  static constexpr int kRegisters = static_cast<int>(Gate::kPanelWidth / kWidth);
-
   int64_t rows_per_chunk() const {
     constexpr int64_t kBudget = 384 * 1024;  // bytes: a share of the second-level cache
     constexpr int64_t kFewest = 64;          // rows that repay reading the weights once
@@ -103,7 +146,7 @@ class InputProduct {
     for (int64_t p = panels.begin; p < panels.end; ++p)
       for (int64_t t = window.begin; t < window.end; ++t)
         for (int64_t b = rows.begin; b < active(t, rows); ++b)
-          store(at(p, t) + b * kSlot + 3 * kWidth, load(bias_hn_ + p * kWidth));
+          store(at(p, t) + b * kSlot + 3 * kWidth, load(bias_.hn(p)));
   }
 
   void take_from_gates(Range window, Range rows, Range panels) {
@@ -112,38 +155,13 @@ class InputProduct {
         for (int64_t p = panels.begin; p < panels.end; ++p) {
           const T* row = source_ + (p_->row(t) + b) * p_->gates_stride;
           A* slot = at(p, t) + b * kSlot;
-          for (int v = 0; v < kRegisters; ++v) {
-            const Range lanes = gate_lanes(p, v);
-            const V bias = load(bias_ + p * Gate::kPanelWidth + v * kWidth);
+          for (int v = 0; v < Bias::kRegisters; ++v) {
+            const Range lanes = Bias::lanes(p_->H, p, v);
+            const V bias = load(bias_.sums(p) + v * kWidth);
             const int n = static_cast<int>(lanes.end);
             store(slot + v * kWidth, n > 0 ? load(row + lanes.begin, n) + bias : bias);
           }
         }
-  }
-
-  // Where register v of a panel lies in a row of gates, and how many of its lanes exist.
-  Range gate_lanes(int64_t panel, int v) const {
-    const bool neighbours = Gate::kColumns == Gate::kPanelWidth;
-    const int64_t unit = panel * Gate::kColumns + (neighbours ? v * kWidth : 0);
-    const int gate = neighbours ? 0 : (v + kFirstGate) % kRegisters;
-    return {unit + gate * p_->H, std::clamp<int64_t>(p_->H - unit, 0, kWidth)};
-  }
-
-  void prepare_bias(const ForwardDirection& dir) {
-    bias_ = Buffer<A>::zeros(panels_ * Gate::kPanelWidth);
-    bias_hn_ = Buffer<A>::zeros(panels_ * kWidth);
-    const auto add = [&](A* sum, const void* bias, Range lanes) {
-      if (!bias || lanes.end == 0) return;
-      const T* from = static_cast<const T*>(bias) + lanes.begin;
-      store(sum, load(sum) + load(from, static_cast<int>(lanes.end)));
-    };
-    for (int64_t p = 0; p < panels_; ++p)
-      for (int v = 0; v < kRegisters; ++v) {
-        const Range lanes = gate_lanes(p, v);
-        A* sum = bias_ + p * Gate::kPanelWidth + v * kWidth;
-        add(sum, dir.bias_ih, lanes);
-        add(kGru && v == 0 ? bias_hn_ + p * kWidth : sum, dir.bias_hh, lanes);
-      }
   }
 
   const ForwardParams* p_ = nullptr;
@@ -151,10 +169,9 @@ class InputProduct {
   int64_t panels_ = 0, parts_ = 1;
   bool direct_ = false;  // the input is the left operand as it lies in memory
   int64_t ldx_ = 0, chunk_ = 1;
+  Bias bias_;
   Gate weights_;
   Buffer<A> sums_;                // [panels, chunk, B, kSlot]
-  Buffer<A> bias_;                // [panels, kPanelWidth]
-  Buffer<A> bias_hn_;             // [panels, kLanes]; GRU
   Buffer<Operand<T>> converted_;  // [parts, chunk, B, ldx] where the input is not direct
 };
 

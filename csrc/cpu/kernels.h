@@ -3,6 +3,7 @@
 
 #include "csrc/cpu/backward.h"
 #include "csrc/cpu/forward.h"
+#include "csrc/cpu/gates.h"
 #include "csrc/cpu/input_gradient.h"
 #include "csrc/cpu/outer_product.h"
 
@@ -35,6 +36,15 @@ void forward(const ForwardParams& params, const Schedule& schedule, const Host& 
 
 void backward(const BackwardParams& params, const Schedule& schedule, const Host& host) {
   with_type(params.dtype, [&](auto t) { run_cell<Backward, decltype(t)>(params, schedule, host); });
+}
+
+void gates(const GatesParams& params, const Host& host) {
+  with_type(params.dtype, [&](auto t) {
+    if (params.cell == Cell::gru)
+      Gates<decltype(t), Cell::gru>(params, host).run();
+    else
+      Gates<decltype(t), Cell::lstm>(params, host).run();
+  });
 }
 
 void input_gradient(const InputGradientParams& params, const Host& host) {

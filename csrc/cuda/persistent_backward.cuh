@@ -145,8 +145,12 @@ class Backward {
       const float total = dh + saved.grad_output;
       if constexpr (kLstm) {
         float& dc = dc_[sequence * kUnits + Owned::unit()];
+        // Seldom there: not worth a register across the barrier.
+        const float more =
+            value_or_zero<float>(dir_.grad_cells, (now.row + sequence) * p_.H + unit_);
         const LstmGates<float> a = {saved.gates[0], saved.gates[1], saved.gates[2], saved.gates[3]};
-        const LstmGrads<float> g = lstm_backward<gpu::Math>(a, saved.c, saved.before, total, dc);
+        const LstmGrads<float> g =
+            lstm_backward<gpu::Math>(a, saved.c, saved.before, total, dc + more, p_.options.f32);
         put(0, g.gates.i);
         put(1, g.gates.f);
         put(2, g.gates.g);
@@ -156,7 +160,7 @@ class Backward {
         dh = 0;
       } else if constexpr (kGru) {
         const GruGates<float> a = {saved.gates[0], saved.gates[1], saved.gates[2], saved.gates[3]};
-        const GruGrads<float> g = gru_backward(a, saved.before, total);
+        const GruGrads<float> g = gru_backward(a, saved.before, total, p_.options.f32);
         put(0, g.gates.r);
         put(1, g.gates.z);
         put(2, g.gates.n);
@@ -184,7 +188,7 @@ class Backward {
       float sums[1] = {};
       add_sums(sums_, tile_, kPitch, b, Owned::unit(), sums);
       float& dh = dh_[(first + b) * kUnits + Owned::unit()];
-      dh += sums[0];
+      dh = clip(dh + sums[0], p_.options.f32.grad_clip);
       if (is_reset(p_, border, first + b)) end_at_reset(dir_.grad_reset_h, first + b, dh);
     });
   }

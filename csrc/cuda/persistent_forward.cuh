@@ -142,21 +142,21 @@ class Forward {
       if constexpr (kLstm) {
         LstmGates<float> a = {x_[i][0] + bias(0) + sums[0], x_[i][1] + bias(1) + sums[1],
                               x_[i][2] + bias(2) + sums[2], x_[i][3] + bias(3) + sums[3]};
-        const LstmState<float> after = lstm_forward<gpu::Math>(a, *state);
+        lstm_activate<gpu::Math>(a, p_.options.f32);
+        const LstmState<float> after = lstm_forward<gpu::Math>(a, *state, p_.options.f32);
         h = after.h;
         *state = after.c;
-        if (p_.save) {
-          save(row, a.i, a.f, a.g, a.o);
-          static_cast<float*>(dir_.cells)[row * p_.H + unit_] = after.c;
-        }
+        if (p_.save_gates) save(row, a.i, a.f, a.g, a.o);
+        if (dir_.cells) static_cast<float*>(dir_.cells)[row * p_.H + unit_] = after.c;
         if (sequence >= next.active)
           static_cast<T*>(dir_.c_n)[sequence * p_.H + unit_] = static_cast<T>(after.c);
       } else if constexpr (kGru) {
         GruGates<float> a = {x_[i][0] + bias(0) + sums[0], x_[i][1] + bias(1) + sums[1],
                              x_[i][2] + bias(2), sums[2] + bias(3)};
-        h = gru_forward<gpu::Math>(a, *state);
+        gru_activate<gpu::Math>(a, p_.options.f32);
+        h = gru_forward(a, *state);
         *state = static_cast<float>(static_cast<T>(h));
-        if (p_.save) save(row, a.r, a.z, a.n, a.hn);
+        if (p_.save_gates) save(row, a.r, a.z, a.n, a.hn);
       } else {
         const float a = x_[i][0] + bias(0) + sums[0];
         h = p_.cell == Cell::rnn_tanh ? gpu::Math::tanh(a) : gpu::Math::relu(a);

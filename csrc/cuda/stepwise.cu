@@ -138,23 +138,24 @@ class Forward {
     const int64_t ending = d == 1 ? (t == 0 ? 0 : count) : t + 1 < p_.T ? p_.active(t + 1) : 0;
     T* const h = static_cast<T*>(dir.output) + row * p_.output_stride;
     ForwardStep<T> step{};
-    step.count = count;
-    step.H = p_.H;
-    step.sums = w.sums;
-    step.bias_ih = static_cast<const T*>(dir.bias_ih);
-    step.bias_hh = static_cast<const T*>(dir.bias_hh);
-    step.gates = static_cast<T*>(dir.gates) + row * p_.gates_stride;
-    step.gates_stride = p_.gates_stride;
+    static_cast<PreActivations<T>&>(step) = {count,
+                                             p_.H,
+                                             w.sums,
+                                             static_cast<const T*>(dir.bias_ih),
+                                             static_cast<const T*>(dir.bias_hh),
+                                             static_cast<T*>(dir.gates) + row * p_.gates_stride,
+                                             p_.gates_stride,
+                                             p_.options.template of<A>()};
     step.h = p_.projected() ? w.hidden : h;
     step.h_stride = p_.projected() ? p_.H : p_.output_stride;
     step.h_prev = h_prev;
     step.resets = h_prev.resets;
     step.reset_c = static_cast<const T*>(dir.reset_c);
     step.c = w.c;
-    step.cells = p_.save && kLstm ? static_cast<A*>(dir.cells) + row * p_.H : nullptr;
+    step.cells = dir.cells ? static_cast<A*>(dir.cells) + row * p_.H : nullptr;
     step.c_n = static_cast<T*>(dir.c_n);
     step.ending = ending;
-    step.save = p_.save;
+    step.save_gates = p_.save_gates;
     launch_for(count * p_.H, forward_step<T, kCell>, stream_, step);
 
     if (p_.projected())
@@ -272,7 +273,9 @@ class Backward {
     step.dh = p_.projected() ? w.dhidden : w.dh;
     step.direct = w.direct;
     step.grad_output = grad_output;
+    if (dir.grad_cells) step.grad_cells = static_cast<const A*>(dir.grad_cells) + row * p_.H;
     step.dc = w.dc;
+    step.options = p_.options.template of<A>();
     step.grad_gates = static_cast<T*>(dir.grad_gates) + row * kSaved * p_.H;
     step.operand = w.operand;
     step.hidden = p_.projected() ? static_cast<T*>(dir.hidden) + row * p_.H : nullptr;
@@ -281,6 +284,9 @@ class Backward {
     product_({kGru ? step.operand : step.grad_gates, p_.dtype, count, GH, GH, 1},
              {dir.weight_hh, p_.dtype, GH, p_.P, p_.P, 1},
              {w.dh, accumulation_type(p_.dtype), count, p_.P, p_.P, 1});
+    if (const A bound = p_.options.template of<A>().grad_clip; bound > 0)
+      launch_for(count * p_.P, clip_gradient<A>, stream_,
+                 ClipGradient<A>{count * p_.P, bound, w.dh, w.direct});
     if (const Resets resets = step.h_prev.resets; resets.count > 0) {
       end(resets, p_.P, w.dh, w.direct, dir.grad_reset_h);
       if constexpr (kLstm) end(resets, p_.H, w.dc, nullptr, dir.grad_reset_c);
@@ -338,6 +344,16 @@ void gather(const BackwardParams& p, int d, T* out, cudaStream_t stream) {
   }
 }
 
+template <class T, Cell kCell>
+void activate(const LayerShape& s, const DirectionWeights& w, int64_t rows, const void* sums,
+              void* gates, cudaStream_t stream) {
+  using A = Acc<T>;
+  launch_for(rows * s.H, activate_rows<T, kCell>, stream,
+             PreActivations<T>{rows, s.H, static_cast<const A*>(sums),
+                               static_cast<const T*>(w.bias_ih), static_cast<const T*>(w.bias_hh),
+                               static_cast<T*>(gates), 4 * s.H, s.options.of<A>()});
+}
+
 // Calls body with the loop's class for a cell and a dtype.
 template <template <class, Cell> class Loop, class Body>
 void with_loop(const LayerShape& shape, const Body& body) {
@@ -381,6 +397,15 @@ int64_t stepwise_backward_workspace(const LayerShape& shape) {
 void stepwise_backward(const BackwardParams& params, void* workspace, const DeviceProduct& product,
                        cudaStream_t stream) {
   gpu::run<gpu::Backward>(params, workspace, product, stream);
+}
+
+void activate_gates(const LayerShape& shape, const DirectionWeights& weights, int64_t rows,
+                    const void* sums, void* gates, cudaStream_t stream) {
+  gpu::with_type(shape.dtype, [&](auto storage) {
+    const auto run = shape.cell == Cell::gru ? gpu::activate<decltype(storage), Cell::gru>
+                                             : gpu::activate<decltype(storage), Cell::lstm>;
+    run(shape, weights, rows, sums, gates, stream);
+  });
 }
 
 void gather_previous_h(const BackwardParams& params, int direction, void* out,

@@ -40,6 +40,11 @@ int64_t stepwise_backward_workspace(const LayerShape& shape);
 void stepwise_backward(const BackwardParams& params, void* workspace, const DeviceProduct& product,
                        cudaStream_t stream);
 
+// The activated gates of some rows of an LSTM or GRU. gates: [rows, 4*H], holds W_ih x on entry;
+// sums: [rows, G*H] W_hh h in the accumulation type.
+void activate_gates(const LayerShape& shape, const DirectionWeights& weights, int64_t rows,
+                    const void* sums, void* gates, cudaStream_t stream);
+
 // h before each row's step, what W_hh was multiplied with. out: [N, P].
 void gather_previous_h(const BackwardParams& params, int direction, void* out, cudaStream_t stream);
 

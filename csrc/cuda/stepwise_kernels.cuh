@@ -38,23 +38,79 @@ struct Previous {
   }
 };
 
+// Rows of pre-activations: W_ih x, W_hh h and the biases.
 template <class T>
-struct ForwardStep {
+struct PreActivations {
   using A = Acc<T>;
-  int64_t count, H;            // active sequences
+  int64_t count, H;            // rows
   const A* sums;               // [count, G*H] W_hh h
   const T *bias_ih, *bias_hh;  // [G*H] or null
-  T* gates;                    // [count, gates_stride] W_ih x; then the activated gates, if save
-  int64_t gates_stride;        //
-  T* h;                        // [count, h_stride] may be `gates` of an RNN
-  int64_t h_stride;            //
-  Previous<T> h_prev;          // GRU
-  A *c, *cells;                // [B, H] from step to step; [count, H] to save, or null; LSTM
-  Resets resets;               //
-  const T* reset_c;            // [B, H]; LSTM
-  T* c_n;                      // [B, H] of the sequences that end with this step; LSTM
-  int64_t ending;              // the first of those
-  bool save;
+  T* gates;                    // [count, gates_stride] W_ih x; the activated gates replace it
+  int64_t gates_stride;
+  CellOptions<A> options;
+
+  __device__ A input(int64_t b, int64_t j, int gate) const {  // W_ih x + b_ih
+    const A bias = bias_ih ? to_acc(bias_ih[gate * H + j]) : A(0);
+    return to_acc(gates[b * gates_stride + gate * H + j]) + bias;
+  }
+  template <int kGates>
+  __device__ A recurrent(int64_t b, int64_t j, int gate) const {  // W_hh h + b_hh
+    const A bias = bias_hh ? to_acc(bias_hh[gate * H + j]) : A(0);
+    return sums[(b * kGates + gate) * H + j] + bias;
+  }
+
+  __device__ LstmGates<A> lstm(int64_t b, int64_t j) const {
+    const auto sum = [&](int gate) { return input(b, j, gate) + recurrent<4>(b, j, gate); };
+    LstmGates<A> a = {sum(0), sum(1), sum(2), sum(3)};
+    lstm_activate<Math>(a, options);
+    return a;
+  }
+  __device__ GruGates<A> gru(int64_t b, int64_t j) const {
+    GruGates<A> a = {input(b, j, 0) + recurrent<3>(b, j, 0), input(b, j, 1) + recurrent<3>(b, j, 1),
+                     input(b, j, 2), recurrent<3>(b, j, 2)};
+    gru_activate<Math>(a, options);
+    return a;
+  }
+
+  __device__ void save(int64_t b, int64_t j, A g0, A g1, A g2, A g3) const {
+    T* const to = gates + b * gates_stride + j;
+    to[0] = from_acc<T>(g0);
+    to[H] = from_acc<T>(g1);
+    to[2 * H] = from_acc<T>(g2);
+    to[3 * H] = from_acc<T>(g3);
+  }
+  __device__ void save(int64_t b, int64_t j, const LstmGates<A>& a) const {
+    save(b, j, a.i, a.f, a.g, a.o);
+  }
+  __device__ void save(int64_t b, int64_t j, const GruGates<A>& a) const {
+    save(b, j, a.r, a.z, a.n, a.hn);
+  }
+};
+
+template <class T, Cell kCell>
+__global__ void __launch_bounds__(kStepThreads) activate_rows(PreActivations<T> p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= p.count * p.H) return;
+  const int64_t b = i / p.H, j = i % p.H;
+  if constexpr (kCell == Cell::lstm)
+    p.save(b, j, p.lstm(b, j));
+  else
+    p.save(b, j, p.gru(b, j));
+}
+
+// Of active sequences. An RNN's gates may be its h.
+template <class T>
+struct ForwardStep : PreActivations<T> {
+  using A = Acc<T>;
+  T* h;                // [count, h_stride]
+  int64_t h_stride;    //
+  Previous<T> h_prev;  // GRU
+  A *c, *cells;        // [B, H] from step to step; [count, H] to save, or null; LSTM
+  Resets resets;       //
+  const T* reset_c;    // [B, H]; LSTM
+  T* c_n;              // [B, H] of the sequences that end with this step; LSTM
+  int64_t ending;      // the first of those
+  bool save_gates;
 };
 
 template <class T, Cell kCell>
@@ -63,44 +119,22 @@ __global__ void __launch_bounds__(kStepThreads) forward_step(ForwardStep<T> p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= p.count * p.H) return;
   const int64_t b = i / p.H, j = i % p.H;
-  constexpr int kGates = gate_count(kCell);
-  T* gates = p.gates + b * p.gates_stride + j;
-  const auto input = [&](int gate) {  // W_ih x + b_ih
-    const A bias = p.bias_ih ? to_acc(p.bias_ih[gate * p.H + j]) : A(0);
-    return to_acc(gates[gate * p.H]) + bias;
-  };
-  const auto recurrent = [&](int gate) {  // W_hh h + b_hh
-    const A bias = p.bias_hh ? to_acc(p.bias_hh[gate * p.H + j]) : A(0);
-    return p.sums[(b * kGates + gate) * p.H + j] + bias;
-  };
-  const auto save = [&](int gate, A value) { gates[gate * p.H] = from_acc<T>(value); };
   A h;
   if constexpr (kCell == Cell::lstm) {
-    LstmGates<A> a = {input(0) + recurrent(0), input(1) + recurrent(1), input(2) + recurrent(2),
-                      input(3) + recurrent(3)};
+    const LstmGates<A> a = p.lstm(b, j);
     const A c = p.resets.at(b) ? to_acc(p.reset_c[i]) : p.c[i];
-    const LstmState<A> state = lstm_forward<Math>(a, c);
+    const LstmState<A> state = lstm_forward<Math>(a, c, p.options);
     h = state.h;
     p.c[i] = state.c;
     if (b >= p.ending) p.c_n[i] = from_acc<T>(state.c);
-    if (p.save) {
-      save(0, a.i);
-      save(1, a.f);
-      save(2, a.g);
-      save(3, a.o);
-      p.cells[i] = state.c;
-    }
+    if (p.cells) p.cells[i] = state.c;
+    if (p.save_gates) p.save(b, j, a);
   } else if constexpr (kCell == Cell::gru) {
-    GruGates<A> a = {input(0) + recurrent(0), input(1) + recurrent(1), input(2), recurrent(2)};
-    h = gru_forward<Math>(a, p.h_prev.at(b, j));
-    if (p.save) {
-      save(0, a.r);
-      save(1, a.z);
-      save(2, a.n);
-      save(3, a.hn);
-    }
+    const GruGates<A> a = p.gru(b, j);
+    h = gru_forward(a, p.h_prev.at(b, j));
+    if (p.save_gates) p.save(b, j, a);
   } else {
-    const A a = input(0) + recurrent(0);
+    const A a = p.input(b, j, 0) + p.template recurrent<1>(b, j, 0);
     h = kCell == Cell::rnn_tanh ? Math::tanh(a) : Math::relu(a);
   }
   p.h[b * p.h_stride + j] = from_acc<T>(h);
@@ -119,10 +153,12 @@ struct BackwardStep {
   const A* dh;            // [count, H] what later steps leave through W_hh, or W_hr
   A* direct;              // [B, H] and through z * h, which this step overwrites; GRU
   const T* grad_output;   // [count, output_stride] or null
+  const A* grad_cells;    // [count, H] or null; LSTM
   A* dc;                  // [B, H]; LSTM
   T* grad_gates;          // [count, S*H]
   T* operand;             // [count, 3*H] the gradients that reach W_hh, side by side; GRU
   T* hidden;              // [count, H] o * tanh(c), with a projection; or null
+  CellOptions<A> options;
 };
 
 template <class T, Cell kCell>
@@ -140,8 +176,8 @@ __global__ void __launch_bounds__(kStepThreads) backward_step(BackwardStep<T> p)
   if (p.grad_output) dh += to_acc(p.grad_output[b * p.output_stride + j]);
   if constexpr (kCell == Cell::lstm) {
     const LstmGates<A> a = {gate(0), gate(1), gate(2), gate(3)};
-    const LstmGrads<A> g =
-        lstm_backward<Math>(a, p.cells[i], p.c_prev.at(b, j), dh, static_cast<A>(p.dc[i]));
+    const A dc = p.dc[i] + (p.grad_cells ? p.grad_cells[i] : A(0));
+    const LstmGrads<A> g = lstm_backward<Math>(a, p.cells[i], p.c_prev.at(b, j), dh, dc, p.options);
     put(0, g.gates.i);
     put(1, g.gates.f);
     put(2, g.gates.g);
@@ -150,7 +186,7 @@ __global__ void __launch_bounds__(kStepThreads) backward_step(BackwardStep<T> p)
     if (p.hidden) p.hidden[i] = from_acc<T>(g.hidden);
   } else if constexpr (kCell == Cell::gru) {
     const GruGates<A> a = {gate(0), gate(1), gate(2), gate(3)};
-    const GruGrads<A> g = gru_backward(a, p.h_prev.at(b, j), dh + p.direct[i]);
+    const GruGrads<A> g = gru_backward(a, p.h_prev.at(b, j), dh + p.direct[i], p.options);
     put(0, g.gates.r);
     put(1, g.gates.z);
     put(2, g.gates.n);
@@ -207,6 +243,22 @@ __global__ void __launch_bounds__(kStepThreads) end_at_resets(EndAtResets<A> p) 
   if (!p.resets.at(i / p.columns)) return;
   p.sums[i] += p.gradient[i] + (p.more ? p.more[i] : A(0));
   p.gradient[i] = 0;
+  if (p.more) p.more[i] = 0;
+}
+
+// gradient = clip(gradient + more, bound), and more = 0.
+template <class A>
+struct ClipGradient {
+  int64_t count;
+  A bound;
+  A *gradient, *more;  // [count]; more may be null
+};
+
+template <class A>
+__global__ void __launch_bounds__(kStepThreads) clip_gradient(ClipGradient<A> p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= p.count) return;
+  p.gradient[i] = clip(p.gradient[i] + (p.more ? p.more[i] : A(0)), p.bound);
   if (p.more) p.more[i] = 0;
 }
 

@@ -22,13 +22,14 @@ struct Sizes {
   bool bias = true;
   int64_t gap = 3;  // elements between the rows of the output, which must stay as they are
   bool resets = false;
+  bool options = false;  // a slope and bounds that matter; gradients of c; grad_gates over gates
 };
 
 inline std::ostream& operator<<(std::ostream& out, const Sizes& s) {
   return out << toString(s.cell) << " " << toString(s.dtype) << " T=" << s.T << " B=" << s.B
              << " I=" << s.I << " H=" << s.H << " P=" << s.P << " D=" << s.directions
              << (s.ragged ? " ragged" : " dense") << (s.bias ? " bias" : "")
-             << (s.resets ? " resets" : "");
+             << (s.resets ? " resets" : "") << (s.options ? " options" : "");
 }
 
 struct Layer : Sizes {
@@ -90,6 +91,11 @@ struct Layer : Sizes {
     return resets && border < lengths[b] && reset_flags[row(border, b)];
   }
 
+  // Values that no type rounds.
+  double gate_slope() const { return options && !rnn() ? 1.5 : 1; }
+  double cell_clip() const { return options && lstm() ? 0.375 : kNone; }
+  double grad_clip() const { return options ? 0.0625 : kNone; }
+
   LayerShape shape() const {
     return {cell,
             dtype,
@@ -100,7 +106,10 @@ struct Layer : Sizes {
             directions,
             ragged ? active.data() : nullptr,
             ragged ? starts.data() : nullptr,
-            resets ? reinterpret_cast<const bool*>(reset_flags.data()) : nullptr};
+            resets ? reinterpret_cast<const bool*>(reset_flags.data()) : nullptr,
+            {{static_cast<float>(gate_slope()), static_cast<float>(cell_clip()),
+              static_cast<float>(grad_clip())},
+             {gate_slope(), cell_clip(), grad_clip()}}};
   }
 
   DirectionWeights weights(int d) const {
@@ -108,6 +117,9 @@ struct Layer : Sizes {
     return {w.weight_hh.at(0), w.weight_hr.at(0), w.bias_ih.at(0), w.bias_hh.at(0),
             w.h0.at(0),        w.c0.at(0),        w.reset_h.at(0), w.reset_c.at(0)};
   }
+
+ private:
+  static constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
 };
 
 // What a forward pass leaves, in the kernel's types or, from the reference, in double.
@@ -167,10 +179,33 @@ inline Forward run_forward(Isa isa, const Layer& l, const Host& host, bool save,
                      [&](const ForwardParams& params) { cpu_forward(isa, params, host); });
 }
 
+// Of an LSTM or GRU: the gates of every row, from its h's.
+inline Array rebuild_gates(Isa isa, const Layer& l, const Host& host, const Forward& forward,
+                           int d) {
+  std::vector<const void*> before(l.N);
+  for (int64_t b = 0; b < l.B; ++b)
+    for (int64_t t = 0; t < l.lengths[b]; ++t) {
+      const int64_t previous = d == 0 ? t - 1 : t + 1;
+      const bool first = previous < 0 || previous >= l.lengths[b];
+      before[l.row(t, b)] =
+          l.enters_reset(d, t, b) ? l.direction[d].reset_h.at(b * l.P)
+          : first ? l.direction[d].h0.at(b * l.P)
+                  : forward.output.at(l.row(previous, b) * l.output_stride() + d * l.P);
+    }
+  Array gates(l.dtype, l.N * l.S() * l.H);
+  const DirectionWeights w = l.weights(d);
+  cpu_gates(isa,
+            {l.cell, l.dtype, l.shape().options, l.N, l.I, l.H, l.P, l.input.at(0), before.data(),
+             l.direction[d].weight_ih.at(0), w.weight_hh, w.bias_ih, w.bias_hh, gates.at(0)},
+            host);
+  return gates;
+}
+
 // The gradients that come from outside; absent ones are zero.
 struct Upstream {
   Array output;          // [N, output_stride]
   Array h_n[2], c_n[2];  // [B, P], [B, H]
+  Array cells[2];        // [N, H] in the accumulation type
 
   Upstream(const Layer& l, uint64_t seed, bool absent_output = false, bool absent_state = false) {
     Random random(seed);
@@ -179,6 +214,8 @@ struct Upstream {
       h_n[d] = random.array(l.dtype, l.B * l.P, 1);
       c_n[d] = random.array(l.dtype, l.lstm() ? l.B * l.H : 0, 1);
     }
+    for (int d = 0; d < l.directions && l.options; ++d)
+      cells[d] = random.array(accumulation(l.dtype), l.lstm() ? l.N * l.H : 0, 1);
   }
 };
 
@@ -214,13 +251,15 @@ Backward run_backward(const Layer& l, const Forward& forward, const Upstream& up
   for (int d = 0; d < l.directions; ++d) {
     const Forward::Direction& saved = forward.direction[d];
     Backward::Direction& out = result.direction[d];
+    if (l.options && !l.rnn()) out.gates = saved.gates;
     params.direction[d] = {l.weights(d),
-                           saved.gates.at(0),
+                           l.options && !l.rnn() ? out.gates.at(0) : saved.gates.at(0),
                            saved.cells.at(0),
                            forward.output.at(d * l.P),
                            upstream.output.at(d * l.P),
                            upstream.h_n[d].at(0),
                            upstream.c_n[d].at(0),
+                           upstream.cells[d].at(0),
                            out.gates.at(0),
                            out.projected.at(0),
                            out.hidden.at(0),

@@ -42,6 +42,11 @@ void check_layer(const Sizes& sizes, uint64_t seed) {
                          l.directions));
     }
     check_close(l, run_backward(isa, l, kOneThread, saved, upstream), expected_grads);
+    for (int d = 0; d < l.directions && !l.rnn(); ++d) {
+      INFO("the gates are rebuilt");
+      check_close("gates", rebuild_gates(isa, l, kOneThread, saved, d), expected.direction[d].gates,
+                  tolerance(l.dtype));
+    }
   }
 }
 
@@ -58,6 +63,7 @@ TEST_CASE("layers of any size equal the reference") {
         s.ragged = random.coin();
         s.bias = random.coin();
         s.resets = random.coin();
+        s.options = random.coin();
         check_layer(s, random.bits());
       }
 }
@@ -75,6 +81,7 @@ TEST_CASE("layers of few rows equal the reference") {
         s.directions = static_cast<int>(random.integer(1, 2));
         s.ragged = random.coin();
         s.resets = random.coin();
+        s.options = random.coin();
         check_layer(s, random.bits());
       }
 }

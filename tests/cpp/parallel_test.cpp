@@ -45,6 +45,7 @@ std::vector<Isa> two_isas() {
 
 void check_same_bits(Sizes sizes, bool by_units) {
   sizes.resets = sizes.T % 2 == 0 || sizes.directions == 2;
+  sizes.options = sizes.B % 2 == 0;
   CAPTURE(sizes);
   const Layer l(sizes, 1);
   const Upstream upstream(l, 2);

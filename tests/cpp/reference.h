@@ -8,6 +8,10 @@ namespace rnn_fused {
 
 inline double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
+inline double bounded(double x, double bound) {
+  return std::isnan(bound) ? x : std::clamp(x, -bound, bound);
+}
+
 // The rows of sequence b in the order in which direction d walks them.
 inline std::vector<int64_t> walk(const Layer& l, int d, int64_t b) {
   std::vector<int64_t> rows;
@@ -37,6 +41,7 @@ inline Array multiply_input(const Layer& l, int d, DType dtype) {
 inline Forward reference_forward(const Layer& l, const Array* products) {
   Forward result(l, DType::f64, DType::f64, true);
   const int64_t H = l.H, P = l.P, G = l.G();
+  const auto gate = [&](double x) { return sigmoid(l.gate_slope() * x); };
   for (int d = 0; d < l.directions; ++d) {
     const Layer::Direction& w = l.direction[d];
     const std::vector<double> weight_hh = w.weight_hh.values(), weight_hr = w.weight_hr.values();
@@ -61,16 +66,16 @@ inline Forward reference_forward(const Layer& l, const Array* products) {
           }
           switch (l.cell) {
             case Cell::lstm:
-              gates[0] = sigmoid(x[0] + r[0]);
-              gates[1] = sigmoid(x[1] + r[1]);
+              gates[0] = gate(x[0] + r[0]);
+              gates[1] = gate(x[1] + r[1]);
               gates[2] = std::tanh(x[2] + r[2]);
-              gates[3] = sigmoid(x[3] + r[3]);
-              c[j] = gates[1] * c[j] + gates[0] * gates[2];
+              gates[3] = gate(x[3] + r[3]);
+              c[j] = bounded(gates[1] * c[j] + gates[0] * gates[2], l.cell_clip());
               hidden[j] = gates[3] * std::tanh(c[j]);
               break;
             case Cell::gru:
-              gates[0] = sigmoid(x[0] + r[0]);
-              gates[1] = sigmoid(x[1] + r[1]);
+              gates[0] = gate(x[0] + r[0]);
+              gates[1] = gate(x[1] + r[1]);
               gates[2] = std::tanh(x[2] + gates[0] * r[2]);
               gates[3] = r[2];
               hidden[j] = (1 - gates[1]) * gates[2] + gates[1] * h[j];
@@ -101,6 +106,7 @@ inline Backward reference_backward(const Layer& l, const Forward& forward,
                                    const Upstream& upstream) {
   Backward result(l, DType::f64);
   const int64_t H = l.H, P = l.P, S = l.S();
+  const double slope = l.gate_slope();
   for (int d = 0; d < l.directions; ++d) {
     const Layer::Direction& w = l.direction[d];
     const std::vector<double> weight_hh = w.weight_hh.values(), weight_hr = w.weight_hr.values();
@@ -148,20 +154,22 @@ inline Backward reference_backward(const Layer& l, const Forward& forward,
             case Cell::lstm: {
               const auto [i, f, g, o] = a;
               const double tanh_c = std::tanh(c_after(step, j));
-              const double total = dc[j] + dy * o * (1 - tanh_c * tanh_c);
-              grad[0] = total * g * i * (1 - i);
-              grad[1] = total * c_before(step, j) * f * (1 - f);
+              if (upstream.cells[d].size()) dc[j] += upstream.cells[d][row * H + j];
+              double total = dc[j] + dy * o * (1 - tanh_c * tanh_c);
+              if (std::abs(c_after(step, j)) >= l.cell_clip()) total = 0;
+              grad[0] = total * g * slope * i * (1 - i);
+              grad[1] = total * c_before(step, j) * slope * f * (1 - f);
               grad[2] = total * i * (1 - g * g);
-              grad[3] = dy * tanh_c * o * (1 - o);
-              dc[j] = total * f;
+              grad[3] = dy * tanh_c * slope * o * (1 - o);
+              dc[j] = bounded(total * f, l.grad_clip());
               if (l.projected()) out.hidden.set(row * H + j, o * tanh_c);
               break;
             }
             case Cell::gru: {
               const auto [r, z, n, hn] = a;
               grad[2] = dy * (1 - z) * (1 - n * n);
-              grad[0] = grad[2] * hn * r * (1 - r);
-              grad[1] = dy * (h_before(step, j) - n) * z * (1 - z);
+              grad[0] = grad[2] * hn * slope * r * (1 - r);
+              grad[1] = dy * (h_before(step, j) - n) * slope * z * (1 - z);
               grad[3] = grad[2] * r;
               dh_before[j] += dy * z;
               break;
@@ -177,7 +185,7 @@ inline Backward reference_backward(const Layer& l, const Forward& forward,
               dh_before[p] += grad[s] * weight_hh[(gate * H + j) * P + p];
           }
         }
-        dh = dh_before;
+        for (int64_t p = 0; p < P; ++p) dh[p] = bounded(dh_before[p], l.grad_clip());
         if (!reset(step)) continue;
         for (int64_t p = 0; p < P; ++p) out.reset_h.set(b * P + p, out.reset_h[b * P + p] + dh[p]);
         for (int64_t j = 0; l.lstm() && j < H; ++j)
