@@ -1,8 +1,8 @@
 // Vectorised exp, sigmoid and tanh for float and double, in the compiler's vector extensions.
 //
 // Largest errors, relative to the exact value: 3.1 ulp (tests/cpp/math_test.cpp). NaN gives NaN,
-// infinities saturate; sigmoid below -87 (float) or -708 (double) at its value there, 1.6e-38 or
-// 3e-308, instead of 0.
+// infinities saturate; sigmoid is 0 below -87 (float), where it is 1.6e-38, or -708 (double),
+// 3e-308.
 #pragma once
 
 #include "csrc/cpu/simd.h"
@@ -56,7 +56,9 @@ struct Math {
 
   static V sigmoid(V x) {
     const Reduced e = reduce(-clamp(x, C::sigmoid_limit));
-    return reciprocal(e.scale * e.expm1 + (e.scale + 1));
+    const V y = reciprocal(e.scale * e.expm1 + (e.scale + 1));
+    // A gate that is shut lets nothing through: what is left, times a huge x, would be a gradient.
+    return x < -C::sigmoid_limit ? V{} : y;
   }
 
   // tanh|x| = expm1(2|x|) / (expm1(2|x|) + 2), which keeps the relative accuracy near zero; of the

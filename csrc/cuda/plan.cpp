@@ -89,6 +89,10 @@ CudaPlan plan_cuda(const LayerShape& s, Precision, const GpuProperties& gpu, boo
     return stepwise("a block holds the weights of H up to " + text(kMaxWide) + ", got " +
                     text(s.H));
 
+  if (s.B > kMaxSequences)
+    return stepwise("a block counts sequences in 32 bits, B up to " + text(kMaxSequences) +
+                    ", got " + text(s.B));
+
   const int64_t bytes =
       (backward ? gate_count(s.cell) : 1) * s.B * s.H * (s.dtype == DType::f32 ? 4 : 2);
   if (bytes > kMaxBytesOfAStep && !forced)

@@ -58,6 +58,9 @@ constexpr int kOwn = 2;
 constexpr int max_batch_tile(int units) { return kOwn * kThreads / units; }
 constexpr int kMinBatchTile = 16;  // the rows of one mma
 
+// Sequences, and their places in shared memory, are ints in a block.
+constexpr int64_t kMaxSequences = 1 << 26;
+
 constexpr int64_t kRegistersPerSm = 65536;  // that the launch bounds reckon with
 
 // Blocks that the registers of an SM have room for: the launch bounds of the kernels, and what the

@@ -1,6 +1,8 @@
 #include "csrc/cuda/stepwise.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "csrc/cuda/stepwise_kernels.cuh"
@@ -12,7 +14,12 @@ namespace {
 template <class... Params>
 void launch_for(int64_t threads, void (*kernel)(Params...), cudaStream_t stream,
                 const std::type_identity_t<Params>&... params) {
+  constexpr int64_t kMaxBlocks = 0x7fffffff;  // of a grid's first dimension
   const int64_t blocks = (threads + kStepThreads - 1) / kStepThreads;
+  if (blocks > kMaxBlocks)
+    throw std::invalid_argument("[stepwise] a kernel has at most " + std::to_string(kMaxBlocks) +
+                                " blocks of " + std::to_string(kStepThreads) + " threads, got " +
+                                std::to_string(blocks));
   if (blocks > 0) launch(kernel, static_cast<unsigned>(blocks), kStepThreads, 0, stream, params...);
 }
 

@@ -65,6 +65,16 @@ TEST_CASE("what the persistent kernels cannot do") {
   }
 }
 
+// Of these the forward pass of an RNN keeps nothing in shared memory, which sets no limit to B.
+TEST_CASE("blocks count sequences in 32 bits") {
+  const auto forced = [](int64_t B) {
+    return plan_cuda(shape(B, 1, 1, Cell::rnn_tanh), Precision::exact, kH100, false, true);
+  };
+  CHECK(forced(int64_t{1} << 26).family == Family::persistent);
+  for (int64_t B : {(int64_t{1} << 26) + 1, (int64_t{1} << 32) + 1})
+    CHECK(mentions(forced(B), "in 32 bits, B up to 67108864, got " + std::to_string(B)));
+}
+
 // Forward h, backward the gradients of four gates: an SM reads 1 MiB of them at most.
 TEST_CASE("large batches of large layers are left to products") {
   CHECK(plan(shape(512, 1024), kH100).family == Family::persistent);
