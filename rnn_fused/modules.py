@@ -17,7 +17,7 @@ from .base import FusedRNNBase, Hidden
 class LSTM(FusedRNNBase):
     """Long short-term memory layers, as `torch.nn.LSTM`, run by fused kernels.
 
-    Args: those of `torch.nn.LSTM`, with the same defaults, and two options by keyword.
+    Args: those of `torch.nn.LSTM`, with the same defaults, and options by keyword.
         input_size, hidden_size: I and H.
         num_layers: L, stacked layers.
         bias: whether the gates have biases.
@@ -35,6 +35,16 @@ class LSTM(FusedRNNBase):
         batch_first_states: needs batch_first. hx and the returned states have the batch first,
             [B, L*D, ...], for packed input too, whose sequences are meant in the caller's order.
             The returned ones are views, not contiguous. Unbatched states stay as they are.
+        gate_slope: a > 0: the gates i, f, o are sigmoid(a * x). Steeper ones (a > 1) are nearer to
+            open or shut, and the gradient through open ones vanishes more slowly.
+        cell_clip: k > 0: c is clipped to [-k, k] after every step (as in Sak et al. 2014); where it
+            reaches a bound, no gradient passes through it.
+        grad_clip_value: v > 0: the gradients of h and c that a step passes back to the one before
+            it, or to the initial state, are clipped to [-v, v] value by value, inside the backward
+            loop (Graves 2013, https://arxiv.org/abs/1308.0850). Those of output, of h_n and c_n
+            and of every c come in unclipped.
+        save: what training keeps of every step: "gates" (4*H values, and c), or "recompute" (c
+            alone; the backward pass computes the gates again).
 
     Inputs:
         input: [T, B, I] ([B, T, I] if batch_first), unbatched [T, I], or a `PackedSequence`,
@@ -49,14 +59,18 @@ class LSTM(FusedRNNBase):
             t = 0 the forward direction begins with it instead of hx.
         reset_state, by keyword: the state after resets, in the form of hx; what was learned, or
             zeros, if absent.
+        return_all_states, by keyword: also return the states after every step.
 
     Returns:
         output, (h_n, c_n): [T, B, D*P] in the form of the input; states as the initial ones.
+        With return_all_states also a tuple of (h, c) for each layer: [T, B, D*P] and [T, B, D*H],
+        in the form of the input, before dropout; a reset does not show in the step before it.
 
     Raises:
         ValueError: input not 2-D or 3-D, its dtype not that of the weights (packed input:
             RuntimeError), or an argument of the constructor out of range: also
-            batch_first_states without batch_first; reset_state without resets.
+            batch_first_states without batch_first, an option of another cell; reset_state without
+            resets.
         TypeError: an argument of the constructor of the wrong type; resets not of the input's form.
         RuntimeError: a size that does not fit; T = 0; resets that are not bool, or on a device
             without kernels.
@@ -123,8 +137,9 @@ class LSTM(FusedRNNBase):
 class GRU(FusedRNNBase):
     """Gated recurrent unit layers, as `torch.nn.GRU`, run by fused kernels.
 
-    Args, shapes and dtypes: as `rnn_fused.LSTM`, without proj_size and with one state: hx is
-    h_0, [L*D, B, H], and the second result is h_n.
+    Args, shapes and dtypes: as `rnn_fused.LSTM`, without proj_size and cell_clip and with one
+    state: hx is h_0, [L*D, B, H], and the second result is h_n; return_all_states gives an h a
+    layer. gate_slope acts on r and z; save="recompute" keeps none of the 4*H values a step.
 
     Raises:
         ValueError: also if proj_size is given.
@@ -165,7 +180,8 @@ class GRU(FusedRNNBase):
 class RNN(FusedRNNBase):
     """Elman RNN layers with tanh or ReLU, as `torch.nn.RNN`, run by fused kernels.
 
-    Args: as `rnn_fused.GRU`, with nonlinearity, "tanh" or "relu", after num_layers.
+    Args: as `rnn_fused.GRU`, with nonlinearity, "tanh" or "relu", after num_layers, and without
+    gate_slope. An RNN saves nothing but its output: save makes no difference.
     Shapes, dtypes, errors and differences: as `rnn_fused.GRU`.
 
     Raises:

@@ -183,6 +183,7 @@ class FarLayer {
                              grad_output.at(d * l.P),
                              upstream.h_n[d].at(0),
                              upstream.c_n[d].at(0),
+                             nullptr,
                              grads[d].at(0),
                              projected[d].at(0),
                              hidden[d].at(0),

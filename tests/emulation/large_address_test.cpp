@@ -184,7 +184,7 @@ void check_step_kernels(bool reset) {
     forward.reset_c = initial.get(far);
     forward.c_n = c_n.get(far);
     forward.ending = b;
-    forward.save = true;
+    forward.save_gates = true;
     run_thread(gpu::forward_step<float, kCell>, forward, b, kH, kUnit);
 
     gpu::BackwardStep<float> backward{};
