@@ -164,6 +164,8 @@ void input_gradient(const Layer& layer, const Tensor& grad_gates, const Tensor& 
   cpu_input_gradient(selected_isa(), params, torch_threads());
 }
 
+// kOverwriteGates: of the saved gates nothing is left but their memory.
+template <bool kOverwriteGates>
 BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h_n,
                                OptionalTensor grad_c_n, Tensor input, Tensor hx, OptionalTensor cx,
                                OptionalTensor reset_hx, OptionalTensor reset_cx, Tensors weight_ih,
@@ -174,7 +176,8 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
                                bool) {
   const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
                     weight_hr, batch_sizes, resets, cell);
-  const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, output, gates, cells);
+  const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, output, gates, cells,
+                          kOverwriteGates);
   if (layer.shape.B > 0) cpu_backward(selected_isa(), pass.params, torch_threads());
 
   Tensor grad_input = layer.allocate_if(need_input, layer.rows_shape(layer.I));
@@ -187,7 +190,8 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
 
 STABLE_TORCH_LIBRARY_IMPL(rnn_fused, CPU, m) {
   m.impl("layer_forward", TORCH_BOX(&layer_forward));
-  m.impl("layer_backward", TORCH_BOX(&layer_backward));
+  m.impl("layer_backward", TORCH_BOX(&layer_backward<false>));
+  m.impl("layer_backward_", TORCH_BOX(&layer_backward<true>));
 }
 
 }  // namespace rnn_fused

@@ -75,7 +75,8 @@ struct BackwardPass {
 
   BackwardPass(const Layer& layer, const OptionalTensor& grad_output_,
                const OptionalTensor& grad_h_n_, const OptionalTensor& grad_c_n_,
-               const Tensor& output_, const Tensor& gates_, const Tensor& cells_) {
+               const Tensor& output_, const Tensor& gates_, const Tensor& cells_,
+               bool overwrite_gates) {
     const LayerShape& s = layer.shape;
     const int64_t D = layer.D(), N = layer.N, H = s.H, SH = layer.S() * H;
     output = layer.checked(output_, "output", layer.rows_shape(D * s.P), "[..., D*P]");
@@ -97,7 +98,8 @@ struct BackwardPass {
     grad_h_n = gradient(grad_h_n_, "grad_h_n", {D, s.B, s.P});
     if (layer.lstm()) grad_c_n = gradient(grad_c_n_, "grad_c_n", {D, s.B, H});
 
-    grad_gates = allocate(layer.input, {D, N, SH});
+    // Every loop reads the gates of a row and unit where it then writes their gradients.
+    grad_gates = overwrite_gates && !layer.rnn() ? gates : allocate(layer.input, {D, N, SH});
     grad_projected = layer.allocate_if(s.projected(), {D, N, s.P});
     hidden = layer.allocate_if(s.projected(), {D, N, H});
     grad_hx = allocate(layer.input, {D, s.B, s.P});
