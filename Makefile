@@ -5,11 +5,15 @@ BIN := $(VENV)/bin
 MAX_JOBS ?= $(shell nproc)
 CLANG_FORMAT_FILES = $(shell find csrc tests/cpp tests/emulation tests/gpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test bench build lint format cpp-test sanitize emulate emulate-plain \
+.PHONY: test integration bench build lint format cpp-test sanitize emulate emulate-plain \
         emulate-asan emulate-tsan emulate-ops kernel-table wheel clean
 
 test: build
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Models of other projects with our layers in them.
+integration: build $(VENV)/.integration
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/integration
 
 # The options of the benchmark go into BENCH_ARGS; `.venv/bin/python -m rnn_fused.bench --help`.
 bench: build
@@ -30,6 +34,10 @@ $(VENV)/.torch:
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --no-build-isolation --editable ".[test,bench,lint]"
+	touch $@
+
+$(VENV)/.integration: $(VENV)/.installed
+	$(BIN)/python -m pip install --no-build-isolation --editable ".[integration]"
 	touch $@
 
 # pre-commit reads the files that git tracks.

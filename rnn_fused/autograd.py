@@ -86,7 +86,9 @@ class LayerForward(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *(None,) * 5, *first_order(ctx, grads, ctx.needs_input_grad[5:])
+        keep_graph = torch._C._autograd._get_current_graph_task_keep_graph
+        once = not torch.compiler.is_compiling() and not keep_graph()
+        return *(None,) * 5, *first_order(ctx, grads, ctx.needs_input_grad[5:], once=once)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
@@ -102,29 +104,8 @@ class LayerBackward(Function):
     """`layer_backward`, differentiable to any order through the reference."""
 
     @staticmethod
-    def forward(
-        call: Call,
-        need_input: bool,
-        need_state: bool,
-        need_weights: bool,
-        batch_sizes: Tensor | None,
-        resets: Tensor | None,
-        output: Tensor,
-        gates: Tensor,
-        cells: Tensor,
-        grad_output: Tensor | None,
-        grad_h_n: Tensor | None,
-        grad_c_n: Tensor | None,
-        grad_cells: Tensor | None,
-        *primals: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        grads = grad_output, grad_h_n, grad_c_n, grad_cells
-        *gradients, grad_weights = library.run(
-            library.layer_backward,
-            *(*grads, *primals[:STATES], *unflatten(primals[STATES:]), batch_sizes, resets),
-            *(*call.arguments, output, gates, cells, need_input, need_state, need_weights),
-        )
-        return *gradients, *grad_weights
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _run_backward(library.layer_backward, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
@@ -145,6 +126,29 @@ class LayerBackward(Function):
         return _loop_over_samples(LayerBackward, info, in_dims, args)
 
 
+def _run_backward(
+    op: Callable[..., Any],
+    call: Call,
+    need_input: bool,
+    need_state: bool,
+    need_weights: bool,
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    output: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    *grads_and_primals: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The gradients of the primals that are present, by `layer_backward` or `layer_backward_`."""
+    grads, primals = grads_and_primals[:GRADS], grads_and_primals[GRADS:]
+    *gradients, grad_weights = library.run(
+        op,
+        *(*grads, *primals[:STATES], *unflatten(primals[STATES:]), batch_sizes, resets),
+        *(*call.arguments, output, gates, cells, need_input, need_state, need_weights),
+    )
+    return *gradients, *grad_weights
+
+
 def apply(function: type[Function], *args: Any) -> Any:
     """`function.apply`, without its search for default arguments, which takes as long as a small
     layer. Compilers and torch.func's transforms have to see `Function.apply` itself."""
@@ -153,8 +157,14 @@ def apply(function: type[Function], *args: Any) -> Any:
     return super(Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
-def first_order(ctx: Any, grads: Slots, needed: Sequence[bool | None]) -> list[Tensor | None]:
-    """The gradients of the primals that are needed, from those of LayerForward's outputs."""
+def first_order(
+    ctx: Any, grads: Slots, needed: Sequence[bool | None], *, once: bool = False
+) -> list[Tensor | None]:
+    """The gradients of the primals that are needed, from those of LayerForward's outputs.
+
+    once: nobody else will see the saved gates, so that their memory may be overwritten. Subclasses
+    of Tensor, and modes that trace, get the op without mutation all the same.
+    """
     batch_sizes, resets, output, gates, cells, *primals = ctx.saved_tensors
     if forward_mode() or batched_grads(grads):
         return reference_vjp(ctx.call, batch_sizes, resets, _differentiable(grads), primals)
@@ -162,7 +172,13 @@ def first_order(ctx: Any, grads: Slots, needed: Sequence[bool | None]) -> list[T
     differentiable = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
     saved = batch_sizes, resets, output, gates, cells
     args = ctx.call, *needs, *saved, *_differentiable(grads), *primals
-    gradients = apply(LayerBackward, *args) if differentiable else LayerBackward.forward(*args)
+    if differentiable:
+        gradients = apply(LayerBackward, *args)
+    elif once and type(gates) is Tensor and not torch._C._len_torch_dispatch_stack():
+        gradients = _run_backward(library.layer_backward_, *args)
+        torch.autograd.graph.increment_version(gates)  # who does see them is told
+    else:
+        gradients = LayerBackward.forward(*args)
     weights = iter(gradients[STATES:])
     slots = [None if w is None else next(weights, None) for w in primals[STATES:]]
     return [

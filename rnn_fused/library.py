@@ -1,4 +1,4 @@
-"""Loads the op library, `libops.so`, and describes its two ops to FakeTensor and meta tensors.
+"""Loads the op library, `libops.so`, and describes its ops to FakeTensor and meta tensors.
 
 The schemas are defined, and explained, in `csrc/binding/schemas.cpp`. Axes as in `reference.py`.
 """
@@ -43,6 +43,7 @@ class Call:
 
 layer_forward = torch.ops.rnn_fused.layer_forward.default
 layer_backward = torch.ops.rnn_fused.layer_backward.default
+layer_backward_ = torch.ops.rnn_fused.layer_backward_.default
 
 
 def run(op: Callable[..., Any], *args: Any) -> Any:
@@ -102,6 +103,7 @@ def _fake_forward(
     return output, hx.new_empty(hx.shape), c_n, gates, cells
 
 
+@torch.library.register_fake("rnn_fused::layer_backward_")
 @torch.library.register_fake("rnn_fused::layer_backward")
 def _fake_backward(
     grad_output: Tensor | None,

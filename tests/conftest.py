@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     from rnn_fused import library
 
     torch.ops.load_library(path)
-    for op in ("layer_forward", "layer_backward"):
+    for op in ("layer_forward", "layer_backward", "layer_backward_"):
         setattr(library, op, getattr(torch.ops.rnn_fused_emulated, op).default)
 
 

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from rnn_fused import ops, reference
+from rnn_fused import autograd, ops, reference
 
 
 def small(kind: str, **options: Any) -> Problem:
@@ -201,6 +201,53 @@ def test_accumulates_into_grad(kind: str) -> None:
         torch.testing.assert_close(
             torch.zeros_like(tensor) if tensor.grad is None else tensor.grad, 2 * gradient
         )
+
+
+@pytest.mark.parametrize("kind", ["lstm_proj", "gru"])
+@each_layout
+def test_backward_takes_the_place_of_the_gates(
+    kind: str, lengths: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where nobody can come back for them, and with the same bits."""
+    ops_run: list[str] = []
+    run = autograd._run_backward
+
+    def spy(op: Any, *args: Any) -> Any:
+        ops_run.append(op.overloadpacket.__name__)
+        return run(op, *args)
+
+    monkeypatch.setattr(autograd, "_run_backward", spy)
+    case = small(kind, lengths=lengths, directions=2, resets=0.3)
+    output = case.run(ops.layer)[0]
+    first, second, last = (
+        torch.autograd.grad(output.sum(), case.tensors, retain_graph=keep)
+        for keep in (True, True, False)
+    )
+    assert ops_run == ["layer_backward", "layer_backward", "layer_backward_"]
+    for a, b, c in zip(first, second, last, strict=True):
+        assert a.equal(b)
+        assert a.equal(c)
+    ops_run.clear()
+    torch.autograd.grad(case.run(ops.layer)[0].sum(), case.tensors, create_graph=True)
+    torch.func.grad(case.loss(ops.layer))(*case.map(Tensor.detach).tensors)
+    assert ops_run == ["layer_backward"] * 2
+
+
+def test_overwritten_gates_are_noticed() -> None:
+    """By hooks that keep the saved tensors beyond the backward pass."""
+    kept: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    case = small("lstm")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = case.run(ops.layer)[0]
+    before = [x._version for x in kept]
+    output.sum().backward()
+    changed = [x for x, v in zip(kept, before, strict=True) if x._version != v]
+    assert [x.dim() for x in changed] == [4]  # gates [D, N, 4, H]
 
 
 def test_saved_tensor_hooks() -> None:

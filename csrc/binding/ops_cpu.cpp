@@ -179,6 +179,8 @@ void input_gradient(const Layer& layer, const Tensor& grad_gates, const Tensor& 
   cpu_input_gradient(selected_isa(), params, torch_threads());
 }
 
+// kOverwriteGates: of the saved gates nothing is left but their memory.
+template <bool kOverwriteGates>
 BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h_n,
                                OptionalTensor grad_c_n, OptionalTensor grad_cells, Tensor input,
                                Tensor hx, OptionalTensor cx, OptionalTensor reset_hx,
@@ -191,7 +193,8 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
                                bool need_weights) {
   const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
                     weight_hr, batch_sizes, resets, cell, gate_slope, cell_clip, grad_clip);
-  const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, grad_cells, output, gates, cells);
+  const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, grad_cells, output, gates, cells,
+                          kOverwriteGates);
   if (pass.rebuild_gates) rebuild_gates(layer, pass);
   if (layer.shape.B > 0) cpu_backward(selected_isa(), pass.params, torch_threads());
 
@@ -205,7 +208,8 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
 
 STABLE_TORCH_LIBRARY_IMPL(rnn_fused, CPU, m) {
   m.impl("layer_forward", TORCH_BOX(&layer_forward));
-  m.impl("layer_backward", TORCH_BOX(&layer_backward));
+  m.impl("layer_backward", TORCH_BOX(&layer_backward<false>));
+  m.impl("layer_backward_", TORCH_BOX(&layer_backward<true>));
 }
 
 }  // namespace rnn_fused

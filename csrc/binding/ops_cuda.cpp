@@ -230,6 +230,8 @@ WeightGradients weight_gradients(const Layer& layer, const BackwardPass& pass,
   return grads;
 }
 
+// kOverwriteGates: of the saved gates nothing is left but their memory.
+template <bool kOverwriteGates>
 BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h_n,
                                OptionalTensor grad_c_n, OptionalTensor grad_cells, Tensor input,
                                Tensor hx, OptionalTensor cx, OptionalTensor reset_hx,
@@ -245,7 +247,8 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
   const OnDevice device(layer.input);
   const Precision precision = allow_tf32 ? Precision::tf32 : Precision::exact;
   const CudaPlan plan = choose(layer, kernels, precision, true);
-  const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, grad_cells, output, gates, cells);
+  const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, grad_cells, output, gates, cells,
+                          kOverwriteGates);
   if (pass.rebuild_gates) rebuild_gates(layer, pass, device.stream);
   if (layer.shape.B > 0) run_backward(layer, plan, precision, pass.params, device.stream);
   Tensor grad_input = layer.allocate_if(need_input, layer.rows_shape(layer.I));
@@ -270,13 +273,15 @@ int64_t cuda_probe(Tensor device_of) {
 #ifndef RNN_FUSED_EMULATION
 STABLE_TORCH_LIBRARY_IMPL(rnn_fused, CUDA, m) {
   m.impl("layer_forward", TORCH_BOX(&layer_forward));
-  m.impl("layer_backward", TORCH_BOX(&layer_backward));
+  m.impl("layer_backward", TORCH_BOX(&layer_backward<false>));
+  m.impl("layer_backward_", TORCH_BOX(&layer_backward<true>));
   m.impl("cuda_probe", TORCH_BOX(&cuda_probe));
 }
 #else
 STABLE_TORCH_LIBRARY_IMPL(rnn_fused_emulated, CPU, m) {
   m.impl("layer_forward", TORCH_BOX(&layer_forward));
-  m.impl("layer_backward", TORCH_BOX(&layer_backward));
+  m.impl("layer_backward", TORCH_BOX(&layer_backward<false>));
+  m.impl("layer_backward_", TORCH_BOX(&layer_backward<true>));
 }
 #endif
 

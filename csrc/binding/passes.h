@@ -84,17 +84,18 @@ struct BackwardPass {
   BackwardPass(const Layer& layer, const OptionalTensor& grad_output_,
                const OptionalTensor& grad_h_n_, const OptionalTensor& grad_c_n_,
                const OptionalTensor& grad_cells_, const Tensor& output_, const Tensor& gates_,
-               const Tensor& cells_) {
+               const Tensor& cells_, bool overwrite_gates) {
     const LayerShape& s = layer.shape;
     const int64_t D = layer.D(), N = layer.N, H = s.H, SH = layer.S() * H;
     output = layer.checked(output_, "output", layer.rows_shape(D * s.P), "[..., D*P]");
-    grad_gates = allocate(layer.input, {D, N, SH});
     const bool saved = gates_.dim() != 1;
+    if (!layer.rnn() && saved)
+      gates = layer.checked(gates_, "gates", {D, N, layer.S(), H},
+                            "[D, N, 4, H] (saved by the forward pass)");
+    // Every loop reads the gates of a row and unit where it then writes their gradients.
+    grad_gates = overwrite_gates && gates.defined() ? gates : allocate(layer.input, {D, N, SH});
     rebuild_gates = !layer.rnn() && !saved && N > 0;
-    if (!layer.rnn())
-      gates = saved ? layer.checked(gates_, "gates", {D, N, layer.S(), H},
-                                    "[D, N, 4, H] (saved by the forward pass)")
-                    : grad_gates;
+    if (!layer.rnn() && !saved) gates = grad_gates;
     if (layer.lstm()) {
       RNN_FUSED_CHECK(cells_.numel() == D * N * H && cells_.scalar_type() == layer.cell_dtype() &&
                           layer.same_device(cells_),

@@ -3,6 +3,17 @@
 // D directions, G gates, P the size of h; weight lists have D entries, or none where absent.
 #include "csrc/binding/compat.h"
 
+#define RNN_FUSED_BACKWARD_SCHEMA(name, gates)                                                 \
+  name "(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, "        \
+       "Tensor input, Tensor hx, Tensor? cx, Tensor? reset_hx, Tensor? reset_cx, "             \
+       "Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, "          \
+       "Tensor[] weight_hr, Tensor? batch_sizes, Tensor? resets, str cell, float gate_slope, " \
+       "float? cell_clip, float? grad_clip_value, str kernels, bool allow_tf32, Tensor "       \
+       "output, " gates                                                                        \
+       ", Tensor cells, bool need_input, bool need_state, bool need_weights) "                 \
+       "-> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor grad_reset_hx, "         \
+       "Tensor grad_reset_cx, Tensor[] grad_weights)"
+
 #ifdef RNN_FUSED_EMULATION
 STABLE_TORCH_LIBRARY(rnn_fused_emulated, m) {
 #else
@@ -25,17 +36,10 @@ STABLE_TORCH_LIBRARY(rnn_fused, m) {
       "bool save_cells) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
   // -> the gradients, with shape [0] where not needed; grad_weights in the order of the arguments.
-  m.def(
-      "layer_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, "
-      "Tensor? grad_cells, Tensor input, Tensor hx, Tensor? cx, Tensor? reset_hx, Tensor? "
-      "reset_cx, Tensor[] weight_ih, "
-      "Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, Tensor[] weight_hr, "
-      "Tensor? batch_sizes, Tensor? resets, str cell, float gate_slope, float? cell_clip, "
-      "float? grad_clip_value, str kernels, bool allow_tf32, Tensor output, Tensor gates, Tensor "
-      "cells, "
-      "bool need_input, bool need_state, bool need_weights) "
-      "-> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor grad_reset_hx, "
-      "Tensor grad_reset_cx, Tensor[] grad_weights)");
+  // layer_backward_ leaves the gradients of the pre-activations in the place of gates: the memory
+  // of one such tensor less.
+  m.def(RNN_FUSED_BACKWARD_SCHEMA("layer_backward", "Tensor gates"));
+  m.def(RNN_FUSED_BACKWARD_SCHEMA("layer_backward_", "Tensor(a!) gates"));
   // The architecture that the loaded kernels were compiled for, on the device of the tensor.
   m.def("cuda_probe(Tensor device_of) -> int");
 }

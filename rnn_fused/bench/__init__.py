@@ -6,6 +6,7 @@
 | `problems.py`, `grids.json` | the sizes of the field |
 | `providers.py`, `workload.py` | whose layer is timed; one pass of it, verified against float64 |
 | `grid.py`, `devices.py`, `ragged.py`, `forecaster.py` | the sections |
+| `memory.py`, `footprint.py` | peak memory, a command of its own; the same counted from shapes |
 | `records.py`, `summary.py` | the CSV schema; means, losses, worst rows |
 | `report.py`, `plot.py`, `session.py` | tables, plots, and the run that makes them |
 """

@@ -87,6 +87,7 @@ class FlashRNN(nn.Module):
 
 def layer_from(namespace: Any, problem: Problem, **options: Any) -> nn.Module:
     """A layer of `torch.nn`, or of any namespace with the same LSTM, GRU and RNN."""
+    options |= {"num_layers": problem.layers} if problem.layers > 1 else {}
     layer: nn.Module
     if problem.cell.startswith("rnn_"):
         layer = namespace.RNN(problem.I, problem.H, nonlinearity=problem.cell[4:], **options)
@@ -117,6 +118,7 @@ def forced(family: str) -> str:
 PROVIDERS: dict[str, Callable[[Problem], nn.Module]] = {
     "torch.nn": lambda problem: layer_from(nn, problem),
     "rnn_fused": lambda problem: layer_from(ours(), problem),
+    "rnn_fused recompute": lambda problem: layer_from(ours(), problem, save="recompute"),
     **{forced(family): partial(Forced, family=family) for family in FAMILIES},
     "naive": NaiveLoop,
     "flashrnn": FlashRNN,

@@ -174,7 +174,7 @@ def environment(device: torch.device) -> Environment:
     )
 
 
-def columns(row: Row) -> dict[str, Any]:
+def columns(row: Any) -> dict[str, Any]:
     """The row as it is written: `pass_` without its underscore, numbers to 5 digits."""
     return {
         name.removesuffix("_"): float(f"{value:.5g}") if isinstance(value, float) else value
@@ -182,9 +182,9 @@ def columns(row: Row) -> dict[str, Any]:
     }
 
 
-def write_csv(path: Path, rows: Iterable[Row], where: Environment) -> None:
+def write_csv(path: Path, rows: Iterable[Any], where: Environment, schema: type = Row) -> None:
     """One line a row, the environment repeated on each, so that files can be concatenated."""
-    names = [f.name.removesuffix("_") for f in (*fields(Row), *fields(Environment))]
+    names = [f.name.removesuffix("_") for f in (*fields(schema), *fields(Environment))]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
