@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
 from .ops import LayerWeights
+from .ragged import ragged
 
 Hidden: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
@@ -86,11 +87,14 @@ class FusedRNNBase(RNNBase):
         input: PackedSequence | Tensor,
         hx: Hidden | None = None,
         *,
+        lengths: Tensor | None = None,
         resets: PackedSequence | Tensor | None = None,
         reset_state: Hidden | None = None,
     ) -> Any:
         if reset_state is not None and resets is None:
             raise ValueError(f"{type(self).__name__}: reset_state needs resets, got none")
+        if lengths is not None:
+            self._check_padded(input)
         packed = isinstance(input, PackedSequence)
         batched = isinstance(input, PackedSequence) or input.dim() == 3
         states = self._read_state(hx, packed, batched)
@@ -114,8 +118,11 @@ class FusedRNNBase(RNNBase):
             self._check_state_rank(reset_states, 3, "reset_state")
             sequence = input.transpose(0, 1) if self.batch_first else input
             batch = sequence.size(1)
-            output, states = self._run(sequence, states, batch, None, rows, reset_states)
-            output = output.transpose(0, 1) if self.batch_first else output
+            if lengths is not None:
+                output, states = self._run_padded(sequence, lengths, states, rows, reset_states)
+            else:
+                output, states = self._run(sequence, states, batch, None, rows, reset_states)
+                output = output.transpose(0, 1) if self.batch_first else output
         else:
             name = type(self).__name__
             raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D instead")
@@ -246,6 +253,49 @@ class FusedRNNBase(RNNBase):
         if unsorted_indices is not None:
             states = tuple(state.index_select(1, unsorted_indices) for state in states)
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), states
+
+    def _check_padded(self, input: PackedSequence | Tensor) -> None:
+        """That lengths may come with this input."""
+        name = type(self).__name__
+        if isinstance(input, PackedSequence):
+            raise TypeError(
+                f"{name}: lengths need input to be a padded batch, a Tensor, got a PackedSequence, "
+                "which has its own"
+            )
+        if input.dim() == 2:
+            raise ValueError(
+                f"{name}: lengths need input to be batched, 3D, got unbatched 2D input"
+            )
+
+    def _run_padded(
+        self,
+        sequence: Tensor,
+        lengths: Tensor,
+        states: tuple[Tensor, ...] | None,
+        resets: Tensor | None,
+        reset_states: tuple[Tensor, ...] | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`_run` over sequences of different lengths; the output has the layout of the input."""
+        self._check_sequence(sequence, None, self._layer_weights(0).weight_ih[0])
+        batch = sequence.size(1)
+        sizes = self._state_sizes(batch)
+        if states is not None:
+            self._check_states(states, sizes)
+        if reset_states is not None:
+            self._check_states(reset_states, sizes, "reset_state")
+        if self.batch_first:  # as it lies in memory
+            sequence = sequence.transpose(0, 1)
+            resets = None if resets is None else resets.transpose(0, 1)
+        rows = ragged(lengths, sequence, self.batch_first, type(self).__name__)
+        output, final = self._run(
+            rows.pack(sequence),
+            None if states is None else rows.sort(states),
+            batch,
+            rows.batch_sizes,
+            None if resets is None else rows.pack_flags(resets),
+            None if reset_states is None else rows.sort(reset_states),
+        )
+        return rows.unpack(output), rows.unsort(final)
 
     def _run(
         self,

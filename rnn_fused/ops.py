@@ -31,16 +31,17 @@ def layer(
     """Runs one layer like `reference.layer`, which see for the shapes and the mathematics.
 
     All tensors share one dtype (float32, float64, bfloat16 or float16) and device, except
-    `batch_sizes`, which stays on the CPU, and `resets`, which are bool. Under autocast they are
-    cast to its dtype, float64 excepted, and the results have that dtype. 16-bit layers compute and
-    keep c in float32, and round h after each step.
+    `batch_sizes`, which may be on the CPU too, and `resets`, which are bool. Under autocast they
+    are cast to its dtype, float64 excepted, and the results have that dtype. 16-bit layers compute
+    and keep c in float32, and round h after each step. `batch_sizes` on a CUDA device are neither
+    waited for nor checked; on the CPU a layer computes less.
 
     Derivatives of every order and kind pass through it: backward, `torch.func`, forward mode.
 
     Raises:
         ValueError: the cell is unknown.
-        RuntimeError: shapes, dtypes, devices or batch sizes do not fit together; resets where only
-            torch's own op can run.
+        RuntimeError: shapes, dtypes, devices or batch sizes do not fit together; resets, or
+            batch_sizes that are not on the CPU, where only torch's own op can run.
     """
     if cell not in library.GATES:
         raise ValueError(f"[layer] cell must be one of {[*library.GATES]}, got {cell!r}")
@@ -66,10 +67,13 @@ def layer(
             reset_hx=reset_hx,
             reset_cx=reset_cx,
         )
+    on_device = batch_sizes is not None and not batch_sizes.is_cpu  # as lengths of a module are
     if not families.has_kernels(device, input.device.index):
         _warn_unfused(device)
         if resets is not None:
             raise RuntimeError(f"[{cell}] resets need rnn_fused's kernels: {device} has none")
+        if on_device:
+            raise RuntimeError(f"[{cell}] lengths need rnn_fused's kernels: {device} has none")
         return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
     kernels, allow_tf32 = "auto", False
     if device == "cuda":
@@ -79,6 +83,8 @@ def layer(
             if not transformed:
                 if resets is not None:
                     raise RuntimeError(f'[{cell}] kernels("cudnn") cannot run resets')
+                if on_device:
+                    raise RuntimeError(f'[{cell}] kernels("cudnn") cannot run lengths')
                 return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
             kernels = "auto"  # torch.func's transforms have no rules for torch's op
 

@@ -13,6 +13,16 @@ inline const void* at(const OptionalTensor& t, int64_t offset) {
   return t ? static_cast<const char*>(t->const_data_ptr()) + offset * t->element_size() : nullptr;
 }
 
+// Zeroes the rows behind those of the timesteps, where the host knows them. t: [matrices, N,
+// columns].
+inline void zero_known_tail(const Layer& layer, const Tensor& t, int64_t matrices,
+                            int64_t columns) {
+  for (int64_t m = 0; m < matrices; ++m) {
+    Tensor tail = vector(t, (layer.N - layer.rows) * columns, (m * layer.N + layer.rows) * columns);
+    torch::stable::zero_(tail);
+  }
+}
+
 using ForwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 struct ForwardPass {
@@ -45,10 +55,27 @@ struct ForwardPass {
 
   // W_ih x by torch's library.
   void multiply_input() const {
-    const int64_t N = layer_.N, I = layer_.I, GH = layer_.G() * layer_.shape.H;
-    for (int d = 0; d < layer_.shape.directions; ++d)
+    const int64_t N = layer_.rows, I = layer_.I, GH = layer_.G() * layer_.shape.H;
+    for (int d = 0; N > 0 && d < layer_.shape.directions; ++d)
       matmul(matrix(layer_.input, N, I, I), matrix(layer_.weight_ih[d], I, GH, 1, I),
              matrix(place(), N, GH, params.gates_stride, 1, origin(d)));
+  }
+
+  // Of a sequence without timesteps, no loop on a device writes the final states.
+  void begin_final_states() const {
+    Tensor h = h_n, c = c_n;
+    torch::stable::copy_(h, layer_.hx);
+    if (layer_.lstm()) torch::stable::copy_(c, *layer_.cx);
+  }
+
+  // Calls zero(tensor, matrices, columns) for the results [matrices, N, columns].
+  template <class Zero>
+  void zero_tails(const Zero& zero) const {
+    if (!layer_.has_tail()) return;
+    const int64_t D = layer_.D(), H = layer_.shape.H;
+    zero(output, 1, params.output_stride);
+    if (params.save && !layer_.rnn()) zero(gates, D, params.gates_stride);
+    if (cells.numel() > 0) zero(cells, D, H);
   }
 
   ForwardTensors results() const {
