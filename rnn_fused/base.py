@@ -276,7 +276,7 @@ class FusedRNNBase(RNNBase):
         reset_states: tuple[Tensor, ...] | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`_run` over sequences of different lengths; the output has the layout of the input."""
-        self._check_sequence(sequence, None, self._layer_weights(0).weight_ih[0])
+        self._check_sequence(sequence, None, self.weight_ih_l0)  # type: ignore[arg-type]
         batch = sequence.size(1)
         sizes = self._state_sizes(batch)
         if states is not None:

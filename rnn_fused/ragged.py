@@ -9,14 +9,13 @@ Axes: T steps, B sequences, F features, N rows: one row is one sequence at one s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from torch.autograd import Function
 
-from .autograd import apply, forward_mode
+from .autograd import forward_mode
 
 
 class Ragged(NamedTuple):
@@ -36,18 +35,16 @@ class Ragged(NamedTuple):
         rows = batch.flatten(0, 1)
         if self.places is not None and self.padding is not None:
             return _permute(rows.masked_fill(self.padding, 0), self.places)
-        if rows.requires_grad and torch.is_grad_enabled():
-            rows = apply(_Select, rows, self.rows)
-            return rows
         return rows.index_select(0, self.rows)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """The batch of packed rows [N, F], zero in the padding."""
         if self.places is not None:
             rows = _permute(packed, self.rows)
-        else:
-            rows = _place(packed, self.rows, self.shape[0] * self.shape[1])
-        return rows.unflatten(0, self.shape)
+        else:  # on the CPU, where index_add is faster than index_copy
+            zeros = packed.new_zeros(self.shape[0] * self.shape[1], packed.shape[1])
+            rows = zeros.index_add_(0, self.rows, packed)
+        return rows.view(*self.shape, -1)
 
     def pack_flags(self, flags: Tensor) -> Tensor:
         """Of the form of the batch without F; those of the padding stay what they are."""
@@ -122,26 +119,6 @@ def _read(lengths: Tensor, T: int, B: int, module: str) -> list[int] | None:
 
 
 def _permute(rows: Tensor, to: Tensor) -> Tensor:
-    """Row k goes to row to[k], a permutation. Its derivative reads rows where `index_select` would
-    add to them."""
+    """Row k goes to row to[k], a permutation. Its derivative reads rows where that of
+    `index_select` would add to them, on CUDA one element after the other."""
     return torch.empty_like(rows).index_copy(0, to, rows)
-
-
-def _place(rows: Tensor, to: Tensor, count: int) -> Tensor:
-    """Row k becomes row to[k] of `count`, the others zero."""
-    return rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, to, rows)
-
-
-class _Select(Function):
-    """`index_select` of rows that differ from each other: backward, nothing is added up."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.count = rows.shape[0]
-        return rows.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        return _place(grad, index, ctx.count), None

@@ -612,6 +612,7 @@ def test_values_that_the_host_does_not_know() -> None:
         fast(torch.randn(6, 3, I).double(), lengths=torch.tensor([2, 7, 1]))
 
 
+@pytest.mark.own_ops
 def test_too_few_sequences_for_the_op() -> None:
     case = problem("gru", lengths=(3, 2), requires_grad=False)
     with pytest.raises(RuntimeError, match="hx must have the sequences of batch_sizes, at least 2"):
