@@ -44,7 +44,7 @@ class Ragged(NamedTuple):
         else:  # on the CPU, where index_add is faster than index_copy
             zeros = packed.new_zeros(self.shape[0] * self.shape[1], packed.shape[1])
             rows = zeros.index_add_(0, self.rows, packed)
-        return rows.view(*self.shape, -1)
+        return rows.view(*self.shape, packed.shape[1])
 
     def pack_flags(self, flags: Tensor) -> Tensor:
         """Of the form of the batch without F; those of the padding stay what they are."""
@@ -65,9 +65,8 @@ def ragged(lengths: Tensor, batch: Tensor, batch_first: bool, module: str) -> Ra
     known = values is not None and batch.is_cpu and not forward_mode()
     lengths = lengths.to(batch.device, torch.int64, non_blocking=True)
     descending, order = lengths.sort(descending=True, stable=True)
-    steps = torch.arange(max(1, *values) if known and values else T, device=batch.device).unsqueeze(
-        1
-    )
+    longest = max(1, *values) if known and values else T
+    steps = torch.arange(longest, device=batch.device).unsqueeze(1)
     exists = descending > steps  # [T, B], true in the order of the packed rows
     rows = order * T + steps if batch_first else steps * B + order
     places = padding = None
@@ -102,11 +101,13 @@ def _read(lengths: Tensor, T: int, B: int, module: str) -> list[int] | None:
         raise RuntimeError(
             f"{module}: lengths must have shape [B] = [{B}], got {list(lengths.shape)}"
         )
-    if torch.compiler.is_compiling() or isinstance(lengths, FakeTensor) or not lengths.is_cpu:
-        inside = (lengths >= 0) & (lengths <= T)
-        torch._assert_async(inside.all(), f"{module}: lengths must be between 0 and T")
-        return None
-    if torch._C._are_functorch_transforms_active():
+    compiling = torch.compiler.is_compiling()
+    transformed = torch._C._are_functorch_transforms_active()
+    if compiling or transformed or isinstance(lengths, FakeTensor) or not lengths.is_cpu:
+        if compiling or not _batched(lengths):  # vmap has no rule for the assertion
+            wide = lengths.to(torch.int64)
+            inside = ((wide >= 0) & (wide <= T)).all()
+            torch._assert_async(inside, f"{module}: lengths must be between 0 and T")
         return None
     values: list[int] = lengths.tolist()
     for length in values:
@@ -116,6 +117,16 @@ def _read(lengths: Tensor, T: int, B: int, module: str) -> list[int] | None:
                 f"{values.index(length)}"
             )
     return values
+
+
+def _batched(x: Tensor) -> bool:
+    """Whether vmap, maybe below another transform, has a sample of its own for each."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def _permute(rows: Tensor, to: Tensor) -> Tensor:

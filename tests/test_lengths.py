@@ -604,12 +604,26 @@ def test_mistakes(mistake: str) -> None:
         call(make("gru"), torch.randn(6, 3, I).double())
 
 
+def test_narrow_integers_of_a_long_batch() -> None:
+    module = make("gru")
+    x, lengths = random_batch(module, 300, 2), torch.tensor([255, 3])
+    expected, _ = module(x, lengths=lengths)
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.detach(), torch.ones_like(x))
+        output = forward_ad.unpack_dual(module(dual, lengths=lengths.to(torch.uint8))[0]).primal
+    torch.testing.assert_close(output, expected, **ROUNDING)
+
+
 @pytest.mark.own_ops
 def test_values_that_the_host_does_not_know() -> None:
     torch._dynamo.reset()
     fast = torch.compile(make("gru"), backend="aot_eager", fullgraph=True)
-    with pytest.raises(RuntimeError, match="GRU: lengths must be between 0 and T"):
-        fast(torch.randn(6, 3, I).double(), lengths=torch.tensor([2, 7, 1]))
+    x, wrong = torch.randn(6, 3, I).double(), torch.tensor([2, 7, 1])
+    message = "GRU: lengths must be between 0 and T"
+    with pytest.raises(RuntimeError, match=message):
+        fast(x, lengths=wrong)
+    with pytest.raises(RuntimeError, match=message):
+        grad(lambda x: make("gru")(x, lengths=wrong)[0].sum())(x)
 
 
 @pytest.mark.own_ops
