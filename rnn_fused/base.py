@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
 from .ops import CellOptions, LayerWeights
+from .ragged import ragged
 
 Hidden: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
@@ -86,12 +87,15 @@ class FusedRNNBase(RNNBase):
         input: PackedSequence | Tensor,
         hx: Hidden | None = None,
         *,
+        lengths: Tensor | None = None,
         resets: PackedSequence | Tensor | None = None,
         reset_state: Hidden | None = None,
         return_all_states: bool = False,
     ) -> Any:
         if reset_state is not None and resets is None:
             raise ValueError(f"{type(self).__name__}: reset_state needs resets, got none")
+        if lengths is not None:
+            self._check_padded(input)
         packed = isinstance(input, PackedSequence)
         batched = isinstance(input, PackedSequence) or input.dim() == 3
         states = self._read_state(hx, packed, batched)
@@ -116,9 +120,14 @@ class FusedRNNBase(RNNBase):
             self._check_state_rank(states, 3)
             self._check_state_rank(reset_states, 3, "reset_state")
             sequence = self._time_first(input)
-            output, states, layers = self._run(
-                sequence, states, sequence.size(1), None, rows, reset_states, return_all_states
-            )
+            if lengths is not None:
+                output, states, layers = self._run_padded(
+                    input, lengths, states, rows, reset_states, return_all_states
+                )
+            else:
+                output, states, layers = self._run(
+                    sequence, states, sequence.size(1), None, rows, reset_states, return_all_states
+                )
         else:
             name = type(self).__name__
             raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D instead")
@@ -266,6 +275,50 @@ class FusedRNNBase(RNNBase):
         if unsorted_indices is not None:
             states = tuple(state.index_select(1, unsorted_indices) for state in states)
         return output, states, layers
+
+    def _check_padded(self, input: PackedSequence | Tensor) -> None:
+        """That lengths may come with this input."""
+        name = type(self).__name__
+        if isinstance(input, PackedSequence):
+            raise TypeError(
+                f"{name}: lengths need input to be a padded batch, a Tensor, got a PackedSequence, "
+                "which has its own"
+            )
+        if input.dim() == 2:
+            raise ValueError(
+                f"{name}: lengths need input to be batched, 3D, got unbatched 2D input"
+            )
+
+    def _run_padded(
+        self,
+        input: Tensor,
+        lengths: Tensor,
+        states: tuple[Tensor, ...] | None,
+        resets: Tensor | None,
+        reset_states: tuple[Tensor, ...] | None,
+        all_states: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...], list[tuple[Tensor, ...]]]:
+        """`_run` over sequences of different lengths, [T, B, I] or as batch_first says."""
+        sequence = self._time_first(input)
+        self._check_sequence(sequence, None, self.weight_ih_l0)  # type: ignore[arg-type]
+        batch = sequence.size(1)
+        sizes = self._state_sizes(batch)
+        if states is not None:
+            self._check_states(states, sizes)
+        if reset_states is not None:
+            self._check_states(reset_states, sizes, "reset_state")
+        rows = ragged(lengths, input, self.batch_first, type(self).__name__)
+        output, final, layers = self._run(
+            rows.pack(input),
+            None if states is None else rows.sort(states),
+            batch,
+            rows.batch_sizes,
+            None if resets is None else rows.pack_flags(self._time_first(resets)),
+            None if reset_states is None else rows.sort(reset_states),
+            all_states,
+        )
+        every = [tuple(self._time_first(rows.unpack(state)) for state in layer) for layer in layers]
+        return self._time_first(rows.unpack(output)), rows.unsort(final), every
 
     def _run(
         self,

@@ -51,6 +51,12 @@ class LSTM(FusedRNNBase):
             which is run packed.
         hx: (h_0, c_0), [L*D, B, P] and [L*D, B, H]; zeros, or what was learned, if absent.
             Without the B axis if the input is unbatched.
+        lengths, by keyword: integers [B], in any order, on any device, of the sequences of a padded
+            batch, 0 to T. Each then ends at its own length: there its final states are taken, and
+            there the reverse direction begins. Its output is zero from there on, and what the input
+            (or resets) has there never matters, not even NaN. One of length 0 keeps its initial
+            state. The batch runs packed, so a length is paid for, not T; on CUDA nothing waits for
+            the lengths, and there those out of range stop the device (`torch._assert_async`).
         resets, by keyword: bool, [T, B] ([B, T] if batch_first, [T] unbatched), or a
             `PackedSequence` of bools with the lengths of a packed input. True at (t, b) parts
             sequence b between timesteps t - 1 and t: what comes before and after is computed, in
@@ -70,10 +76,11 @@ class LSTM(FusedRNNBase):
         ValueError: input not 2-D or 3-D, its dtype not that of the weights (packed input:
             RuntimeError), or an argument of the constructor out of range: also
             batch_first_states without batch_first, an option of another cell; reset_state without
-            resets.
-        TypeError: an argument of the constructor of the wrong type; resets not of the input's form.
+            resets; lengths of an unbatched input.
+        TypeError: an argument of the constructor of the wrong type; resets not of the input's form;
+            lengths not a Tensor, or of a `PackedSequence`.
         RuntimeError: a size that does not fit; T = 0; resets that are not bool, or on a device
-            without kernels.
+            without kernels, and lengths there; lengths that are not integers, or out of range.
         IndexError, TypeError, RuntimeError: hx is one Tensor instead of two, or one in a tuple.
 
     Differences to `torch.nn.LSTM`: `isinstance(module, torch.nn.LSTM)` is False; packed input

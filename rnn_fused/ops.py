@@ -34,9 +34,10 @@ def layer(
     """Runs one layer like `reference.layer`, which see for the shapes and the mathematics.
 
     All tensors share one dtype (float32, float64, bfloat16 or float16) and device, except
-    `batch_sizes`, which stays on the CPU, and `resets`, which are bool. Under autocast they are
-    cast to its dtype, float64 excepted, and the results have that dtype. 16-bit layers compute and
-    keep c in float32, and round h after each step.
+    `batch_sizes`, which may be on the CPU too, and `resets`, which are bool. Under autocast they
+    are cast to its dtype, float64 excepted, and the results have that dtype. 16-bit layers compute
+    and keep c in float32, and round h after each step. `batch_sizes` on a CUDA device are neither
+    waited for nor checked; on the CPU a layer computes less.
 
     recompute: keep nothing of the gates for the backward pass, which rebuilds them in one product.
 
@@ -45,7 +46,8 @@ def layer(
     Raises:
         ValueError: the cell is unknown.
         RuntimeError: shapes, dtypes, devices or batch sizes do not fit together; an option out of
-            range, or of another cell; resets or options where only torch's own op can run.
+            range, or of another cell; resets, options, or batch_sizes on a device, where only
+            torch's own op can run.
     """
     if cell not in library.GATES:
         raise ValueError(f"[layer] cell must be one of {[*library.GATES]}, got {cell!r}")
@@ -74,7 +76,9 @@ def layer(
             all_cells=all_cells,
         )
     # What torch's own op lacks.
-    extras = {"resets": resets is not None, "all_cells": all_cells, "recompute": recompute}
+    lengths = batch_sizes is not None and not batch_sizes.is_cpu  # as those of a module are
+    extras = {"lengths": lengths, "resets": resets is not None}
+    extras |= {"all_cells": all_cells, "recompute": recompute}
     for name, default in PLAIN._asdict().items():
         extras[name] = getattr(options, name) != default
     wanted = ", ".join(name for name, on in extras.items() if on)

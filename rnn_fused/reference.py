@@ -5,7 +5,7 @@ forward-mode AD and derivatives of the backward pass. It works in every dtype, o
 and under every `torch.func` transform.
 
 Axes: T steps, B batch, I input size, H hidden size, P = `proj_size` or H, D directions,
-G gates (LSTM i, f, g, o; GRU r, z, n; RNN one), N = sum(batch_sizes).
+G gates (LSTM i, f, g, o; GRU r, z, n; RNN one), N rows, those of `batch_sizes` and maybe more.
 """
 
 from __future__ import annotations
@@ -154,7 +154,11 @@ def layer(
         weights: of D directions; the second one runs backwards in time.
         cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
         batch_sizes: int64 [T], non-increasing, as in `torch.nn.utils.rnn.PackedSequence`. Each
-            sequence then ends at its own length: the reverse direction starts there.
+            sequence then ends at its own length: the reverse direction starts there. On any device:
+            this function waits for the values, where the fused op does not. The last sequences may
+            have no timestep, and keep their initial state; the last timesteps may have no sequence;
+            and input may have rows behind those of all timesteps, whose output is zero. Those must
+            be finite: here they take no part, in the op they may be multiplied by zero.
         resets: bool [T, B], or packed [N]. True at (t, b) parts sequence b between timesteps
             t - 1 and t into two that know nothing of each other, as if they were separate: the
             forward direction comes to t, and the reverse one to t - 1, with the reset state. True
@@ -169,12 +173,19 @@ def layer(
     else:
         reset_states = (reset_hx,) if reset_cx is None else (reset_hx, reset_cx)
     sizes = None if batch_sizes is None else batch_sizes.tolist()
+    tail = 0
+    if sizes is not None:
+        tail = input.shape[0] - sum(sizes)
+        input = input[: sum(sizes)]
+        resets = None if resets is None else resets[: sum(sizes)]
 
     def steps(rows: Tensor) -> Sequence[Tensor]:
         return rows.unbind(0) if sizes is None else rows.split(sizes)
 
     def join(rows: list[Tensor]) -> Tensor:
-        return torch.stack(rows) if sizes is None else torch.cat(rows)
+        if sizes is None:
+            return torch.stack(rows)
+        return F.pad(torch.cat(rows), (0, 0, 0, tail)) if tail else torch.cat(rows)
 
     outputs, cells, finals = [], [], []
     for d, weight_ih in enumerate(weights.weight_ih):

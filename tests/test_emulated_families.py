@@ -89,6 +89,36 @@ def test_rebuilt_gates_are_those_of_the_forward_pass(
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("kernels", ["persistent", "stepwise"])
+@pytest.mark.parametrize("cell", GATES)
+@pytest.mark.parametrize("recompute", [False, True], ids=["gates", "recompute"])
+def test_a_tail_and_idle_sequences(
+    cell: str, kernels: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows behind those of the timesteps, a sequence without any, a timestep without sequences."""
+    input, *states, W_ih, W_hh, b_ih, b_hh, W_hr, sizes, resets = arguments(cell, torch.float32)
+    weights = W_ih, W_hh, b_ih, b_hh, W_hr
+    longer = torch.cat([input, torch.ones(4, 4)])
+    wider = [None if s is None else torch.cat([s, torch.ones_like(s[:, :1])], 1) for s in states]
+    more = torch.cat([sizes, torch.tensor([0])]), torch.cat([resets, torch.ones(4).bool()])
+    call = Call(cell, options_of(cell), kernels)
+    expected = run([input, *states, *weights, sizes, resets], call, recompute)
+    known = run([longer, *wider, *weights, *more], call, recompute)
+    monkeypatch.setenv("RNN_FUSED_EMULATED_SIZES", "device")
+    values = run([longer, *wider, *weights, *more], call, recompute)
+    output, h_n, c_n, cells, *saved = values[: 5 if recompute else 6]
+    for tensor in (output, cells, *saved):
+        dim = 0 if tensor.dim() == 2 else 1
+        assert tensor.numel() == 0 or not tensor.narrow(dim, 10, 4).any()
+    assert torch.equal(h_n[:, 3], wider[0][:, 3])
+    for value, e in zip((output, h_n, c_n), expected, strict=False):
+        if e.numel() > 0:
+            value = value[:10] if value is output else value[:, :3]
+            torch.testing.assert_close(value, e)
+    for value, on_host in zip(values, known, strict=True):
+        torch.testing.assert_close(value, on_host)
+
+
 def test_tf32_rounds_the_factors() -> None:
     args = arguments("gru", torch.float32)
     exact, rounded = (

@@ -330,8 +330,8 @@ MISTAKES = {
     "integers": (lambda p: p.to(torch.int64), "must be float32, float64, bfloat16 or float16"),
     "no_steps": (lambda p: replace(p, input=torch.ones(0, 2, 3)), "at least 1 timestep, got 0"),
     "batch_sizes": (
-        lambda p: replace(p, input=torch.ones(6, 3), batch_sizes=torch.tensor([2, 2])),
-        "sum to the rows of input, 6, got 4",
+        lambda p: replace(p, input=torch.ones(3, 3), batch_sizes=torch.tensor([2, 2])),
+        "sum to no more than the rows of input, 3, got more at timestep 1",
     ),
     "increasing": (
         lambda p: replace(p, input=torch.ones(3, 3), batch_sizes=torch.tensor([1, 2])),

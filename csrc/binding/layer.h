@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdlib>
 
 #include "csrc/binding/compat.h"
 #include "csrc/core/params.h"
@@ -68,11 +69,15 @@ struct Layer {
   std::string name;  // of the cell, for messages
   LayerShape shape{};
   int64_t N, I;
+  // Rows that products have to cover: those of the timesteps, or all N where only the device can
+  // tell them from the tail.
+  int64_t rows;
   Tensor input, hx;
   OptionalTensor cx, batch_sizes;
   OptionalTensor resets, reset_hx, reset_cx;  // with resets: the states too, zero where not given
   Tensors weight_ih, weight_hh, bias_ih, bias_hh, weight_hr;
   std::vector<int64_t> row_start;
+  Tensor device_row_start;  // [T + 1], where batch_sizes are on the device
 
   Layer(const Tensor& input_, const Tensor& hx_, const OptionalTensor& cx_,
         const OptionalTensor& reset_hx_, const OptionalTensor& reset_cx_, const Tensors& weight_ih_,
@@ -92,6 +97,7 @@ struct Layer {
     RNN_FUSED_CHECK(hx_.dim() == 3, "[", name, "] hx must have 3 dimensions [D, B, P], got ",
                     hx_.dim());
     shape.P = hx_.size(2);
+    if (ragged()) read_batch(hx_.size(1));
     RNN_FUSED_CHECK(!weight_hh_.empty() && weight_hh_[0].dim() == 2, "[", name,
                     "] weight_hh must hold a matrix [G*H, P] per direction");
     const int64_t G = gate_count(shape.cell);
@@ -136,6 +142,11 @@ struct Layer {
   bool lstm() const { return shape.cell == Cell::lstm; }
   bool rnn() const { return shape.cell == Cell::rnn_tanh || shape.cell == Cell::rnn_relu; }
   bool ragged() const { return batch_sizes.has_value(); }
+  bool has_tail() const { return shape.sizes_on_device || rows < N; }
+  // Whether a sequence may have no timestep, so that its final state is its initial one.
+  bool has_idle_sequences() const {
+    return shape.sizes_on_device || (ragged() && shape.active(0) < shape.B);
+  }
   ScalarType dtype() const { return input.scalar_type(); }
   // Of c between the steps: the 16-bit types keep float.
   ScalarType cell_dtype() const {
@@ -220,37 +231,69 @@ struct Layer {
                       x.dim());
       shape.T = x.size(0);
       shape.B = x.size(1);
-      N = shape.T * shape.B;
+      rows = N = shape.T * shape.B;
     } else {
       RNN_FUSED_CHECK(x.dim() == 2, "[", name, "] packed input must have 2 dimensions [N, I], got ",
                       x.dim());
-      RNN_FUSED_CHECK(
-          sizes->dim() == 1 && sizes->is_cpu() && sizes->scalar_type() == ScalarType::Long, "[",
-          name, "] batch_sizes must be a vector of int64 on the CPU");
+      RNN_FUSED_CHECK(sizes->dim() == 1 && sizes->scalar_type() == ScalarType::Long &&
+                          (sizes->is_cpu() || sizes->device() == x.device()),
+                      "[", name,
+                      "] batch_sizes must be a vector of int64 on the CPU or the device of input");
       batch_sizes = as_contiguous(*sizes);
       shape.T = sizes->size(0);
-      N = x.size(0);
-      const int64_t* counts = batch_sizes->const_data_ptr<int64_t>();
-      int64_t rows = 0;
-      for (int64_t t = 0; t < shape.T; ++t) {
-        RNN_FUSED_CHECK(counts[t] <= N - rows, "[", name,
-                        "] batch_sizes must sum to the rows of input, ", N,
-                        ", got more at timestep ", t);
-        RNN_FUSED_CHECK(counts[t] >= 0 && (t == 0 || counts[t] <= counts[t - 1]), "[", name,
-                        "] batch_sizes must not be negative or increase, got ", counts[t],
-                        " at timestep ", t);
-        row_start.push_back(rows);
-        rows += counts[t];
-      }
-      RNN_FUSED_CHECK(rows == N, "[", name, "] batch_sizes must sum to the rows of input, ", N,
-                      ", got ", rows);
-      shape.B = shape.T ? counts[0] : 0;
-      shape.batch_sizes = counts;
-      shape.row_start = row_start.data();
+      rows = N = x.size(0);
+      shape.batch_sizes = batch_sizes->const_data_ptr<int64_t>();
+      shape.sizes_on_device = on_device(*sizes);
+      if (shape.sizes_on_device)
+        start_rows_on_device();
+      else
+        start_rows();
     }
     I = x.size(x.dim() - 1);
     RNN_FUSED_CHECK(shape.T >= 1, "[", name, "] the sequence must have at least 1 timestep, got ",
                     shape.T);
+  }
+
+  static bool on_device(const Tensor& sizes) {
+#ifdef RNN_FUSED_EMULATION
+    // All tensors are on the CPU; the tests say when a device would keep the values to itself.
+    const char* place = std::getenv("RNN_FUSED_EMULATED_SIZES");
+    if (place && std::string(place) == "device") return true;
+#endif
+    return !sizes.is_cpu();
+  }
+
+  void start_rows() {
+    const int64_t* const counts = shape.batch_sizes;
+    rows = 0;
+    for (int64_t t = 0; t < shape.T; ++t) {
+      RNN_FUSED_CHECK(counts[t] <= N - rows, "[", name,
+                      "] batch_sizes must sum to no more than the rows of input, ", N,
+                      ", got more at timestep ", t);
+      RNN_FUSED_CHECK(counts[t] >= 0 && (t == 0 || counts[t] <= counts[t - 1]), "[", name,
+                      "] batch_sizes must not be negative or increase, got ", counts[t],
+                      " at timestep ", t);
+      row_start.push_back(rows);
+      rows += counts[t];
+    }
+    shape.row_start = row_start.data();
+  }
+
+  // Without waiting for the device, so that nothing is checked.
+  void start_rows_on_device() {
+    using torch::stable::detail::from;
+    device_row_start = allocate_zeros(*batch_sizes, {shape.T + 1});
+    call<4>("aten::cumsum", "out",
+            {from(*batch_sizes), from(int64_t{0}), from(std::optional<ScalarType>()),
+             from(vector(device_row_start, shape.T, 1))});
+    shape.row_start = device_row_start.const_data_ptr<int64_t>();
+  }
+
+  void read_batch(int64_t batch) {
+    shape.B = batch;
+    RNN_FUSED_CHECK(shape.sizes_on_device || shape.active(0) <= batch, "[", name,
+                    "] hx must have the sequences of batch_sizes, at least ", shape.active(0),
+                    ", in its second dimension, got ", batch);
   }
 };
 

@@ -24,7 +24,7 @@ Host torch_threads() {
 bool by_library(const Layer& layer, int64_t rows, int64_t columns) {
   constexpr double kLargeProduct = 4e6;  // multiply-adds
   return layer.shape.dtype == DType::bf16 &&
-         static_cast<double>(layer.N) * rows * columns >= kLargeProduct && has_amx_bf16();
+         static_cast<double>(layer.rows) * rows * columns >= kLargeProduct && has_amx_bf16();
 }
 
 ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, OptionalTensor reset_hx,
@@ -42,6 +42,9 @@ ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, Optiona
     if (input_by_library) pass.multiply_input();
     cpu_forward(selected_isa(), pass.params, torch_threads());
   }
+  pass.zero_tails([&](const Tensor& t, int64_t matrices, int64_t columns) {
+    zero_known_tail(layer, t, matrices, columns);
+  });
   return pass.results();
 }
 
@@ -61,7 +64,7 @@ Rows previous_h(const Layer& layer, const Tensor& output, int d) {
   const char* initial = static_cast<const char*>(layer.hx.const_data_ptr()) + d * s.B * bytes;
   const char* outputs = static_cast<const char*>(output.const_data_ptr()) + d * bytes;
   const char* reset = static_cast<const char*>(layer.direction(d).reset_h);
-  Rows pointers(layer.N);
+  Rows pointers(layer.rows);
   for (int64_t t = 0; t < s.T; ++t) {
     const int64_t before = d == 0 ? t - 1 : t + 1;
     const int64_t known = before < 0 || before >= s.T ? 0 : std::min(s.active(t), s.active(before));
@@ -79,9 +82,9 @@ void rebuild_gates(const Layer& layer, const BackwardPass& pass) {
     const Rows h = previous_h(layer, pass.output, d);
     const DirectionWeights w = layer.direction(d);
     cpu_gates(selected_isa(),
-              {s.cell, s.dtype, s.options, layer.N, layer.I, s.H, s.P, layer.input.const_data_ptr(),
-               h.data(), layer.weight_ih[d].const_data_ptr(), w.weight_hh, w.bias_ih, w.bias_hh,
-               at(pass.gates, d * layer.N * layer.S() * s.H)},
+              {s.cell, s.dtype, s.options, layer.rows, layer.I, s.H, s.P,
+               layer.input.const_data_ptr(), h.data(), layer.weight_ih[d].const_data_ptr(),
+               w.weight_hh, w.bias_ih, w.bias_hh, at(pass.gates, d * layer.N * layer.S() * s.H)},
               torch_threads());
   }
 }
@@ -94,7 +97,7 @@ void outer_product(const Layer& layer, const Tensor& grads, int64_t offset, int6
   if (!by_library(layer, rows, right[0].columns + right[1].columns)) {
     cpu_outer_product(selected_isa(),
                       {layer.shape.dtype,
-                       layer.N,
+                       layer.rows,
                        rows,
                        at(grads, offset),
                        stride,
@@ -106,16 +109,16 @@ void outer_product(const Layer& layer, const Tensor& grads, int64_t offset, int6
   for (const auto& [row, columns, out] : right) {
     if (columns == 0) continue;
     const int64_t bytes = columns * grads.element_size();
-    Tensor gathered = allocate(layer.input, {layer.N, columns});
-    for (int64_t n = 0; n < layer.N; ++n) std::memcpy(at(gathered, n * columns), row[n], bytes);
+    Tensor gathered = allocate(layer.input, {layer.rows, columns});
+    for (int64_t n = 0; n < layer.rows; ++n) std::memcpy(at(gathered, n * columns), row[n], bytes);
     Tensor result = allocate(layer.input, {rows, columns});
-    matmul(matrix(grads, rows, layer.N, 1, stride, offset), gathered, result);
+    matmul(matrix(grads, rows, layer.rows, 1, stride, offset), gathered, result);
     std::memcpy(out, at(result, 0), rows * bytes);
   }
   if (!sums[0]) return;
   Tensor total = allocate(layer.input, {rows});
   const int64_t dim = 0;
-  torch::stable::sum_out(total, matrix(grads, layer.N, rows, stride, 1, offset), {{&dim, 1}});
+  torch::stable::sum_out(total, matrix(grads, layer.rows, rows, stride, 1, offset), {{&dim, 1}});
   for (void* out : sums)
     if (out) std::memcpy(out, at(total, 0), rows * grads.element_size());
 }
@@ -125,11 +128,11 @@ WeightGradients weight_gradients(const Layer& layer, const BackwardPass& pass) {
   const int64_t N = layer.N, I = layer.I, H = s.H, P = s.P, GH = layer.G() * H, SH = layer.S() * H;
   const int64_t size = layer.input.element_size();
   WeightGradients grads(layer);
-  if (N == 0) {
+  if (layer.rows == 0) {
     for (const Tensor& t : grads.all()) std::memset(at(t, 0), 0, t.numel() * t.element_size());
     return grads;
   }
-  const Rows x = rows_of(layer.input.const_data_ptr(), N, I * size);
+  const Rows x = rows_of(layer.input.const_data_ptr(), layer.rows, I * size);
   for (int d = 0; d < s.directions; ++d) {
     const Rows h = previous_h(layer, pass.output, d);
     // From one row of the weights on.
@@ -154,7 +157,7 @@ WeightGradients weight_gradients(const Layer& layer, const BackwardPass& pass) {
                     {sums(grads.bias_hh, joint)});
     }
     if (s.projected()) {
-      const Rows rows = rows_of(at(pass.hidden, d * N * H), N, H * size);
+      const Rows rows = rows_of(at(pass.hidden, d * N * H), layer.rows, H * size);
       outer_product(layer, pass.grad_projected, d * N * P, P, P,
                     {{{rows.data(), H, at(grads.hr[d], 0)}}});
     }
@@ -166,12 +169,13 @@ void input_gradient(const Layer& layer, const Tensor& grad_gates, const Tensor& 
   const int64_t N = layer.N, GH = layer.G() * layer.shape.H, SH = layer.S() * layer.shape.H;
   if (by_library(layer, GH, layer.I)) {
     for (int d = 0; d < layer.shape.directions; ++d)
-      matmul(matrix(grad_gates, N, GH, SH, 1, d * N * SH), layer.weight_ih[d],
-             matrix(grad_input, N, layer.I, layer.I), d > 0);
+      matmul(matrix(grad_gates, layer.rows, GH, SH, 1, d * N * SH), layer.weight_ih[d],
+             matrix(grad_input, layer.rows, layer.I, layer.I), d > 0);
     return;
   }
-  InputGradientParams params{layer.shape.dtype, layer.shape.directions, N, GH, layer.I, SH, {}, {},
-                             at(grad_input, 0)};
+  InputGradientParams params{
+      layer.shape.dtype, layer.shape.directions, layer.rows, GH, layer.I, SH, {}, {},
+      at(grad_input, 0)};
   for (int d = 0; d < layer.shape.directions; ++d) {
     params.grad_gates[d] = at(grad_gates, d * N * SH);
     params.weight_ih[d] = layer.weight_ih[d].const_data_ptr();
@@ -199,7 +203,8 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
   if (layer.shape.B > 0) cpu_backward(selected_isa(), pass.params, torch_threads());
 
   Tensor grad_input = layer.allocate_if(need_input, layer.rows_shape(layer.I));
-  if (need_input && layer.N > 0) input_gradient(layer, pass.grad_gates, grad_input);
+  if (need_input && layer.rows > 0) input_gradient(layer, pass.grad_gates, grad_input);
+  if (need_input && layer.has_tail()) zero_known_tail(layer, grad_input, 1, layer.I);
   return pass.results(layer, grad_input, need_state, reset_hx.has_value(),
                       need_weights ? weight_gradients(layer, pass).all() : Tensors());
 }

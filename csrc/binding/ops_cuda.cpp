@@ -92,7 +92,7 @@ template <class Params>
 class DeviceParams {
  public:
   DeviceParams(const Layer& layer, const Params& params, cudaStream_t stream) : params(params) {
-    if (!layer.ragged()) return;
+    if (!layer.ragged() || layer.shape.sizes_on_device) return;
     const int64_t T = layer.shape.T;
     rows_ = allocate(layer.input, {2, T}, ScalarType::Long);
     int64_t* rows = rows_->mutable_data_ptr<int64_t>();
@@ -106,6 +106,15 @@ class DeviceParams {
  private:
   OptionalTensor rows_;
 };
+
+// t: [matrices, N, columns].
+void zero_tail(const Layer& layer, const Tensor& t, int64_t matrices, int64_t columns,
+               cudaStream_t stream) {
+  if (!layer.shape.sizes_on_device) return zero_known_tail(layer, t, matrices, columns);
+  for (int64_t m = 0; m < matrices && layer.N > 0; ++m)
+    rnn_fused::zero_tail(layer.shape, layer.N, columns * t.element_size(),
+                         at(t, m * layer.N * columns), stream);
+}
 
 void run_forward(const Layer& layer, const CudaPlan& plan, Precision precision,
                  const ForwardParams& params, cudaStream_t stream) {
@@ -152,8 +161,12 @@ ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, Optiona
   const ForwardPass pass(layer, save_gates, save_cells, true);
   if (layer.shape.B > 0) {
     pass.multiply_input();
+    if (layer.has_idle_sequences()) pass.begin_final_states();
     run_forward(layer, plan, precision, pass.params, device.stream);
   }
+  pass.zero_tails([&](const Tensor& t, int64_t matrices, int64_t columns) {
+    zero_tail(layer, t, matrices, columns, device.stream);
+  });
   return pass.results();
 }
 
@@ -161,35 +174,37 @@ ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, Optiona
 void rebuild_gates(const Layer& layer, const BackwardPass& pass, cudaStream_t stream) {
   constexpr int64_t kSums = 1 << 22;  // values
   const LayerShape& s = layer.shape;
-  const int64_t N = layer.N, P = s.P, GH = layer.G() * s.H, SH = layer.S() * s.H;
+  const int64_t N = layer.rows, P = s.P, GH = layer.G() * s.H, SH = layer.S() * s.H;
   const int64_t chunk = std::clamp<int64_t>(kSums / GH, 1, N);
   const Tensor h = allocate(layer.input, {N, P});
   const Tensor sums = allocate(layer.input, {chunk, GH}, layer.cell_dtype());
   for (int d = 0; d < s.directions; ++d) {
-    multiply_input(layer, d, pass.gates, SH, d * N * SH);
+    const int64_t origin = d * layer.N * SH;
+    multiply_input(layer, d, pass.gates, SH, origin);
     gather_previous_h(pass.params, d, h.mutable_data_ptr(), stream);
     const Tensor weights = matrix(layer.weight_hh[d], P, GH, 1, P);
     for (int64_t n = 0; n < N; n += chunk) {
       const int64_t rows = std::min(chunk, N - n);
       matmul_accumulated(matrix(h, rows, P, P, 1, n * P), weights, matrix(sums, rows, GH, GH));
       activate_gates(s, layer.direction(d), rows, sums.const_data_ptr(),
-                     at(pass.gates, (d * N + n) * SH), stream);
+                     at(pass.gates, origin + n * SH), stream);
     }
   }
 }
 
 // Everything behind the loop is large products of torch's.
 void input_gradient(const Layer& layer, const Tensor& grad_gates, const Tensor& grad_input) {
-  const int64_t N = layer.N, GH = layer.G() * layer.shape.H, SH = layer.S() * layer.shape.H;
+  const int64_t N = layer.rows, GH = layer.G() * layer.shape.H, SH = layer.S() * layer.shape.H;
   for (int d = 0; d < layer.shape.directions; ++d)
-    matmul(matrix(grad_gates, N, GH, SH, 1, d * N * SH), layer.weight_ih[d],
+    matmul(matrix(grad_gates, N, GH, SH, 1, d * layer.N * SH), layer.weight_ih[d],
            matrix(grad_input, N, layer.I, layer.I), d > 0);
 }
 
 WeightGradients weight_gradients(const Layer& layer, const BackwardPass& pass,
                                  cudaStream_t stream) {
   const LayerShape& s = layer.shape;
-  const int64_t N = layer.N, I = layer.I, H = s.H, P = s.P, GH = layer.G() * H, SH = layer.S() * H;
+  const int64_t N = layer.rows, I = layer.I, H = s.H, P = s.P, GH = layer.G() * H;
+  const int64_t SH = layer.S() * H;
   WeightGradients grads(layer);
   if (N == 0) {
     for (Tensor& t : grads.all()) torch::stable::zero_(t);
@@ -197,9 +212,10 @@ WeightGradients weight_gradients(const Layer& layer, const BackwardPass& pass,
   }
   const Tensor x = matrix(layer.input, N, I, I);
   const Tensor h = allocate(layer.input, {N, P});  // before each row's step
+  if (s.sizes_on_device) zero_tail(layer, h, 1, P, stream);
   for (int d = 0; d < s.directions; ++d) {
     gather_previous_h(pass.params, d, h.mutable_data_ptr(), stream);
-    const int64_t origin = d * N * SH;
+    const int64_t origin = d * layer.N * SH;
     // `count` gates from `first` on, times right, are the rows from `row` on of a gradient.
     const auto product = [&](int64_t first, int64_t count, const Tensor& right, int64_t columns,
                              const Tensor& grad, int64_t row) {
@@ -224,8 +240,8 @@ WeightGradients weight_gradients(const Layer& layer, const BackwardPass& pass,
       sum(3 * H, H, grads.bias_hh, joint);
     }
     if (s.projected())
-      matmul(matrix(pass.grad_projected, P, N, 1, P, d * N * P),
-             matrix(pass.hidden, N, H, H, 1, d * N * H), grads.hr[d]);
+      matmul(matrix(pass.grad_projected, P, N, 1, P, d * layer.N * P),
+             matrix(pass.hidden, N, H, H, 1, d * layer.N * H), grads.hr[d]);
   }
   return grads;
 }
@@ -251,8 +267,17 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
                           kOverwriteGates);
   if (pass.rebuild_gates) rebuild_gates(layer, pass, device.stream);
   if (layer.shape.B > 0) run_backward(layer, plan, precision, pass.params, device.stream);
+  if (layer.shape.sizes_on_device) {  // the large products cover the tail
+    const int64_t D = layer.D(), H = layer.shape.H;
+    zero_tail(layer, pass.grad_gates, D, layer.S() * H, device.stream);
+    if (layer.shape.projected()) {
+      zero_tail(layer, pass.grad_projected, D, layer.shape.P, device.stream);
+      zero_tail(layer, pass.hidden, D, H, device.stream);
+    }
+  }
   Tensor grad_input = layer.allocate_if(need_input, layer.rows_shape(layer.I));
-  if (need_input && layer.N > 0) input_gradient(layer, pass.grad_gates, grad_input);
+  if (need_input && layer.rows > 0) input_gradient(layer, pass.grad_gates, grad_input);
+  if (need_input && layer.rows < layer.N) zero_known_tail(layer, grad_input, 1, layer.I);
   return pass.results(
       layer, grad_input, need_state, reset_hx.has_value(),
       need_weights ? weight_gradients(layer, pass, device.stream).all() : Tensors());

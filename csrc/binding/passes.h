@@ -16,9 +16,20 @@ inline const void* at(const OptionalTensor& t, int64_t offset) {
 // W_ih x of direction d by torch's library, into rows `stride` apart from element `origin` on.
 inline void multiply_input(const Layer& layer, int d, const Tensor& out, int64_t stride,
                            int64_t origin) {
-  const int64_t N = layer.N, I = layer.I, GH = layer.G() * layer.shape.H;
+  const int64_t N = layer.rows, I = layer.I, GH = layer.G() * layer.shape.H;
+  if (N == 0) return;
   matmul(matrix(layer.input, N, I, I), matrix(layer.weight_ih[d], I, GH, 1, I),
          matrix(out, N, GH, stride, 1, origin));
+}
+
+// Zeroes the rows behind those of the timesteps, where the host knows them. t: [matrices, N,
+// columns].
+inline void zero_known_tail(const Layer& layer, const Tensor& t, int64_t matrices,
+                            int64_t columns) {
+  for (int64_t m = 0; m < matrices; ++m) {
+    Tensor tail = vector(t, (layer.N - layer.rows) * columns, (m * layer.N + layer.rows) * columns);
+    torch::stable::zero_(tail);
+  }
 }
 
 using ForwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -58,6 +69,23 @@ struct ForwardPass {
       rnn_fused::multiply_input(layer_, d, place(), params.gates_stride, origin(d));
   }
 
+  // Of a sequence without timesteps, no loop on a device writes the final states.
+  void begin_final_states() const {
+    Tensor h = h_n, c = c_n;
+    torch::stable::copy_(h, layer_.hx);
+    if (layer_.lstm()) torch::stable::copy_(c, *layer_.cx);
+  }
+
+  // Calls zero(tensor, matrices, columns) for the results [matrices, N, columns].
+  template <class Zero>
+  void zero_tails(const Zero& zero) const {
+    if (!layer_.has_tail()) return;
+    const int64_t D = layer_.D(), H = layer_.shape.H;
+    zero(output, 1, params.output_stride);
+    if (params.save_gates && !layer_.rnn()) zero(gates, D, params.gates_stride);
+    if (cells.numel() > 0) zero(cells, D, H);
+  }
+
   ForwardTensors results() const {
     return {output, h_n, c_n, params.save_gates ? gates : layer_.allocate_if(false, {}), cells};
   }
@@ -94,7 +122,7 @@ struct BackwardPass {
                             "[D, N, 4, H] (saved by the forward pass)");
     // Every loop reads the gates of a row and unit where it then writes their gradients.
     grad_gates = overwrite_gates && gates.defined() ? gates : allocate(layer.input, {D, N, SH});
-    rebuild_gates = !layer.rnn() && !saved && N > 0;
+    rebuild_gates = !layer.rnn() && !saved && layer.rows > 0;
     if (!layer.rnn() && !saved) gates = grad_gates;
     if (layer.lstm()) {
       RNN_FUSED_CHECK(cells_.numel() == D * N * H && cells_.scalar_type() == layer.cell_dtype() &&

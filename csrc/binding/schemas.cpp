@@ -19,9 +19,10 @@ STABLE_TORCH_LIBRARY(rnn_fused_emulated, m) {
 #else
 STABLE_TORCH_LIBRARY(rnn_fused, m) {
 #endif
-  // input [T, B, I], or packed [N, I] with batch_sizes [T] on the CPU; hx [D, B, P]; cx [D, B, H];
-  // weight_ih [G*H, I], weight_hh [G*H, P], bias_* [G*H], weight_hr [P, H]. resets: bool [T, B] or
-  // packed [N]; after one the state is reset_hx and reset_cx, of the shapes of hx and cx, or zero.
+  // input [T, B, I], or packed [N, I] with batch_sizes [T] on the CPU or its own device; hx [D, B,
+  // P]; cx [D, B, H]; weight_ih [G*H, I], weight_hh [G*H, P], bias_* [G*H], weight_hr [P, H].
+  // resets: bool [T, B] or packed [N]; after one the state is reset_hx and reset_cx, of the shapes
+  // of hx and cx, or zero.
   // -> output, h_n, c_n, and for the backward pass gates [D, N, 4, H] and cells [D, N, H], with
   // shape [0] where not to be saved: it needs the cells, and rebuilds gates that it is not given.
   // gate_slope: gates are sigmoid(gate_slope * x). |c| is at most cell_clip. grad_clip_value bounds

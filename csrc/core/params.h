@@ -7,7 +7,8 @@
 // Rows are ordered by time. Dense: row(t, b) = t * B + b. Ragged (a PackedSequence): the sequences
 // are sorted by decreasing length, timestep t holds the first batch_sizes[t] of them, and row(t, b)
 // = row_start[t] + b. The reverse direction walks t downwards over the same rows, so a sequence
-// joins at its own end.
+// joins at its own end. The last sequences may have no timestep, the last timesteps no sequence,
+// and behind the rows of all timesteps there may be others: the tail, which the loops leave alone.
 #pragma once
 
 #include <cstdint>
@@ -59,12 +60,13 @@ struct LayerShape {
   DType dtype;
   int64_t T, B, H, P;
   int directions;
-  const int64_t* batch_sizes;  // [T] non-increasing, or null: B at every timestep
+  const int64_t* batch_sizes;  // [T] non-increasing, at most B, or null: B at every timestep
   const int64_t* row_start;    // [T], or null: t * B
   // [N] or null: whether the row's sequence has its state reset between the timestep before and the
   // row's own; at its first, whether the forward direction begins with the reset state.
   const bool* resets = nullptr;
   Options options = {};
+  bool sizes_on_device = false;  // batch_sizes and row_start are known to a CUDA device alone
 
   // Sequences that reach timestep t, and the row of the first.
   RNN_FUSED_HD int64_t active(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }

@@ -195,9 +195,11 @@ class Forward {
     int64_t t = d == 0 ? p_.T - 1 : 0;
     for (int64_t b = 0; b < p_.B; ++b) {
       if (d == 0)
-        while (p_.active(t) <= b) --t;
-      std::copy_n(output + (p_.row(t) + b) * p_.output_stride, p_.P,
-                  static_cast<T*>(dir.h_n) + b * p_.P);
+        while (t >= 0 && p_.active(t) <= b) --t;
+      const bool ran = t >= 0 && b < p_.active(t);
+      std::copy_n(ran ? output + (p_.row(t) + b) * p_.output_stride
+                      : static_cast<const T*>(dir.h0) + b * p_.P,
+                  p_.P, static_cast<T*>(dir.h_n) + b * p_.P);
     }
     if constexpr (kLstm) copy_back<T>(dir.c.get(), Hp_, p_.B, p_.H, dir.c_n);
   }

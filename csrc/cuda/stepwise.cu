@@ -53,33 +53,30 @@ class Carver {
   uintptr_t base_, used_ = 0;
 };
 
-// Where a step comes from: of the sequences that are active at t, `known` were at the step before.
-struct Before {
-  int64_t row, known;
-};
-Before before(const LayerShape& s, int d, int64_t t) {
-  const int64_t other = d == 0 ? t - 1 : t + 1;
-  if (other < 0 || other >= s.T) return {0, 0};
-  return {s.row(other), std::min(s.active(t), s.active(other))};
+// Starts a kernel for one timestep, so many threads a sequence.
+template <class Work>
+void launch_step(void (*kernel)(Work, Timestep), std::type_identity_t<Work> work,
+                 const Timestep& at, int64_t threads, cudaStream_t stream) {
+  const bool on_device = at.shape.sizes_on_device;
+  if (!on_device) work.place(at.rows());
+  launch_for((on_device ? at.shape.B : work.sequences()) * threads, kernel, stream, work, at);
 }
 
-Resets entering_resets(const LayerShape& s, int d, int64_t t) {
-  const int64_t border = d == 0 ? t : t + 1;
-  if (!s.resets || border >= s.T) return {nullptr, 0};
-  return {s.resets + s.row(border), s.active(border)};
+template <class InA, class InB, class Out>
+void add(const StepSum<InA, InB, Out>& step, const Timestep& at, cudaStream_t stream) {
+  launch_step(add_active<InA, InB, Out>, step, at, step.sum.columns, stream);
 }
 
-// h before a step.
+// h before a step, to be placed.
 template <class T>
 Previous<T> previous_h(const LayerShape& s, int64_t output_stride, const void* output,
-                       const DirectionWeights& w, int d, int64_t t) {
-  const auto [row, known] = before(s, d, t);
-  return {static_cast<const T*>(output) + row * output_stride,
+                       const DirectionWeights& w) {
+  return {static_cast<const T*>(output),
           output_stride,
           static_cast<const T*>(w.h0),
           s.P,
-          known,
-          entering_resets(s, d, t),
+          0,
+          {s.resets, 0},
           static_cast<const T*>(w.reset_h)};
 }
 
@@ -93,13 +90,13 @@ class Forward {
     A* sums = nullptr;    // [B, G*H] W_hh h
     A* c = nullptr;       // [B, H]; LSTM
     T* hidden = nullptr;  // [B, H] o * tanh(c) before the projection
-    T* h = nullptr;       // [B, P] before the step; with resets
+    T* h = nullptr;       // [B, P] before the step; with resets, or rows that the device knows
 
     void take(Carver& carver, const LayerShape& s) {
       sums = carver.take<A>(s.B * kGates * s.H);
       if (kLstm) c = carver.take<A>(s.B * s.H);
       if (s.projected()) hidden = carver.take<T>(s.B * s.H);
-      if (s.resets) h = carver.take<T>(s.B * s.P);
+      if (s.resets || s.sizes_on_device) h = carver.take<T>(s.B * s.P);
     }
   };
 
@@ -127,50 +124,62 @@ class Forward {
   }
 
  private:
+  // Where only the device knows a step's rows, all B sequences are multiplied, in buffers that are
+  // theirs in every step, and kernels carry what belongs to the rows.
   void step(int d, int64_t t) {
     const ForwardDirection& dir = p_.direction[d];
     const Workspace& w = workspaces_[d];
-    const int64_t row = p_.row(t), count = p_.active(t);
-    const Previous<T> h_prev = previous_h<T>(p_, p_.output_stride, dir.output, dir, d, t);
-    const int64_t known = h_prev.known;
-    if (h_prev.resets.count > 0) {
-      launch_for(count * p_.P, copy_previous<T>, stream_, count, h_prev, w.h);
+    const Timestep at = {p_, d, t};
+    const bool on_device = p_.sizes_on_device;
+    const StepRows rows = on_device ? StepRows{.count = p_.B} : at.rows();
+    const int64_t count = rows.count, known = rows.known;
+    const Previous<T> h_prev = previous_h<T>(p_, p_.output_stride, dir.output, dir);
+    if (on_device || rows.border_count > 0) {
+      launch_step(copy_previous<T>, {count, h_prev, w.h}, at, p_.P, stream_);
       multiply_recurrent(dir, w.h, p_.P, 0, count, w.sums);
     } else {
-      multiply_recurrent(dir, h_prev.before, h_prev.stride, 0, known, w.sums);
+      multiply_recurrent(dir, h_prev.before + rows.row_before * h_prev.stride, h_prev.stride, 0,
+                         known, w.sums);
       multiply_recurrent(dir, h_prev.initial + known * p_.P, p_.P, known, count, w.sums);
     }
 
-    // Of the forward direction, the sequences that the next step no longer has end here.
-    const int64_t ending = d == 1 ? (t == 0 ? 0 : count) : t + 1 < p_.T ? p_.active(t + 1) : 0;
-    T* const h = static_cast<T*>(dir.output) + row * p_.output_stride;
+    T* const output = static_cast<T*>(dir.output);
     ForwardStep<T> step{};
     static_cast<PreActivations<T>&>(step) = {count,
                                              p_.H,
                                              w.sums,
                                              static_cast<const T*>(dir.bias_ih),
                                              static_cast<const T*>(dir.bias_hh),
-                                             static_cast<T*>(dir.gates) + row * p_.gates_stride,
+                                             static_cast<T*>(dir.gates),
                                              p_.gates_stride,
                                              p_.options.template of<A>()};
-    step.h = p_.projected() ? w.hidden : h;
+    step.h = p_.projected() ? w.hidden : output;
     step.h_stride = p_.projected() ? p_.H : p_.output_stride;
+    step.h_has_rows = !p_.projected();
     step.h_prev = h_prev;
-    step.resets = h_prev.resets;
     step.reset_c = static_cast<const T*>(dir.reset_c);
     step.c = w.c;
-    step.cells = dir.cells ? static_cast<A*>(dir.cells) + row * p_.H : nullptr;
+    step.cells = static_cast<A*>(dir.cells);
     step.c_n = static_cast<T*>(dir.c_n);
-    step.ending = ending;
     step.save_gates = p_.save_gates;
-    launch_for(count * p_.H, forward_step<T, kCell>, stream_, step);
+    launch_step(forward_step<T, kCell>, step, at, p_.H, stream_);
 
-    if (p_.projected())
+    if (p_.projected()) {
+      T* const h = on_device ? w.h : output + rows.row * p_.output_stride;
+      const int64_t stride = on_device ? p_.P : p_.output_stride;
       product_({w.hidden, p_.dtype, count, p_.H, p_.H, 1},
                {dir.weight_hr, p_.dtype, p_.H, p_.P, 1, p_.H},
-               {h, p_.dtype, count, p_.P, p_.output_stride, 1});
-    convert(h + ending * p_.output_stride, p_.output_stride,
-            static_cast<T*>(dir.h_n) + ending * p_.P, p_.P, count - ending, p_.P, stream_);
+               {h, p_.dtype, count, p_.P, stride, 1});
+      if (on_device)
+        add(StepSum<T, T, T>{.sum = {count, p_.P, w.h, p_.P, nullptr, 0, output, p_.output_stride},
+                             .out_has_rows = true},
+            at, stream_);
+    }
+    T* const h_n = static_cast<T*>(dir.h_n);
+    add(StepSum<T, T, T>{.sum = {count, p_.P, output, p_.output_stride, nullptr, 0, h_n, p_.P},
+                         .a_has_rows = true,
+                         .of_ending = true},
+        at, stream_);
   }
 
   // sums[begin:end] = h @ W_hh^T
@@ -200,14 +209,19 @@ class Backward {
     A* direct = nullptr;   // [B, H] and through z * h; GRU
     A* dc = nullptr;       // [B, H]; LSTM
     A* dhidden = nullptr;  // [B, H] of o * tanh(c), with a projection
-    T* operand = nullptr;  // [B, 3*H] what W_hh is multiplied with; GRU
+    T* operand = nullptr;  // [B, G*H] what W_hh is multiplied with; GRU, and as the others below
+    // Where only the device knows the rows of a step.
+    T* total = nullptr;    // [B, P] what W_hr is multiplied with, with a projection
+    A* product = nullptr;  // [B, P] what comes through W_hh
 
     void take(Carver& carver, const LayerShape& s) {
       dh = carver.take<A>(s.B * s.P);
       if (kGru) direct = carver.take<A>(s.B * s.H);
       if (kLstm) dc = carver.take<A>(s.B * s.H);
       if (s.projected()) dhidden = carver.take<A>(s.B * s.H);
-      if (kGru) operand = carver.take<T>(s.B * kGates * s.H);
+      if (kGru || s.sizes_on_device) operand = carver.take<T>(s.B * kGates * s.H);
+      if (s.projected() && s.sizes_on_device) total = carver.take<T>(s.B * s.P);
+      if (s.sizes_on_device) product = carver.take<A>(s.B * s.P);
     }
   };
 
@@ -242,21 +256,29 @@ class Backward {
     if constexpr (kGru) zero(w.direct, p_.B * p_.H * sizeof(A), stream_);
   }
 
+  // Rows that only the device knows: as in the forward pass.
   void step(int d, int64_t t) {
     const BackwardDirection& dir = p_.direction[d];
     const Workspace& w = workspaces_[d];
+    const Timestep at = {p_, d, t};
+    const bool on_device = p_.sizes_on_device;
+    const StepRows rows = on_device ? StepRows{.count = p_.B} : at.rows();
     constexpr int kSaved = saved_count(kCell);
-    const int64_t row = p_.row(t), count = p_.active(t), GH = kGates * p_.H;
-    const T* const output = static_cast<const T*>(dir.output);
-    const T* const gates = static_cast<const T*>(dir.gates);
-    const A* const cells = static_cast<const A*>(dir.cells);
+    const int64_t count = rows.count, GH = kGates * p_.H;
     const T* grad_output = static_cast<const T*>(dir.grad_output);
-    if (grad_output) grad_output += row * p_.output_stride;
 
     if (p_.projected()) {  // through h = W_hr (o * tanh(c))
-      T* const total = static_cast<T*>(dir.grad_projected) + row * p_.P;
-      add(Sum<A, T, T>{count, p_.P, w.dh, p_.P, grad_output, p_.output_stride, total, p_.P},
-          stream_);
+      T* const grads = static_cast<T*>(dir.grad_projected);
+      T* const total = on_device ? w.total : grads + rows.row * p_.P;
+      add(StepSum<A, T, T>{.sum = {count, p_.P, w.dh, p_.P, grad_output, p_.output_stride, grads,
+                                   p_.P},
+                           .b_has_rows = true,
+                           .out_has_rows = true},
+          at, stream_);
+      if (on_device)
+        add(StepSum<T, T, T>{.sum = {count, p_.P, grads, p_.P, nullptr, 0, total, p_.P},
+                             .a_has_rows = true},
+            at, stream_);
       product_({total, p_.dtype, count, p_.P, p_.P, 1},
                {dir.weight_hr, p_.dtype, p_.P, p_.H, p_.H, 1},
                {w.dhidden, accumulation_type(p_.dtype), count, p_.H, p_.H, 1});
@@ -265,44 +287,49 @@ class Backward {
     BackwardStep<T> step{};
     step.count = count;
     step.H = p_.H;
-    step.gates = gates ? gates + row * kSaved * p_.H : nullptr;
-    step.cells = cells ? cells + row * p_.H : nullptr;
-    step.h_prev = previous_h<T>(p_, p_.output_stride, output, dir, d, t);
-    step.c_prev = {cells ? cells + before(p_, d, t).row * p_.H : nullptr,
+    step.gates = static_cast<const T*>(dir.gates);
+    step.cells = static_cast<const A*>(dir.cells);
+    step.h_prev = previous_h<T>(p_, p_.output_stride, dir.output, dir);
+    step.c_prev = {step.cells,
                    p_.H,
                    static_cast<const T*>(dir.c0),
                    p_.H,
-                   step.h_prev.known,
+                   0,
                    step.h_prev.resets,
                    static_cast<const T*>(dir.reset_c)};
-    step.output = output + row * p_.output_stride;
+    step.output = static_cast<const T*>(dir.output);
     step.output_stride = p_.output_stride;
     step.dh = p_.projected() ? w.dhidden : w.dh;
     step.direct = w.direct;
     step.grad_output = grad_output;
-    if (dir.grad_cells) step.grad_cells = static_cast<const A*>(dir.grad_cells) + row * p_.H;
+    step.grad_cells = static_cast<const A*>(dir.grad_cells);
     step.dc = w.dc;
     step.options = p_.options.template of<A>();
-    step.grad_gates = static_cast<T*>(dir.grad_gates) + row * kSaved * p_.H;
+    step.grad_gates = static_cast<T*>(dir.grad_gates);
     step.operand = w.operand;
-    step.hidden = p_.projected() ? static_cast<T*>(dir.hidden) + row * p_.H : nullptr;
-    launch_for(count * p_.H, backward_step<T, kCell>, stream_, step);
+    step.hidden = p_.projected() ? static_cast<T*>(dir.hidden) : nullptr;
+    step.saved = kSaved;
+    launch_step(backward_step<T, kCell>, step, at, p_.H, stream_);
 
-    product_({kGru ? step.operand : step.grad_gates, p_.dtype, count, GH, GH, 1},
-             {dir.weight_hh, p_.dtype, GH, p_.P, p_.P, 1},
-             {w.dh, accumulation_type(p_.dtype), count, p_.P, p_.P, 1});
+    const T* const operand = w.operand ? w.operand : step.grad_gates + rows.row * kSaved * p_.H;
+    A* const product = on_device ? w.product : w.dh;
+    product_({operand, p_.dtype, count, GH, GH, 1}, {dir.weight_hh, p_.dtype, GH, p_.P, p_.P, 1},
+             {product, accumulation_type(p_.dtype), count, p_.P, p_.P, 1});
+    if (on_device)  // dh of the other sequences waits for their own steps
+      add(StepSum<A, A, A>{.sum = {count, p_.P, product, p_.P, nullptr, 0, w.dh, p_.P}}, at,
+          stream_);
     if (const A bound = p_.options.template of<A>().grad_clip; bound > 0)
-      launch_for(count * p_.P, clip_gradient<A>, stream_,
-                 ClipGradient<A>{count * p_.P, bound, w.dh, w.direct});
-    if (const Resets resets = step.h_prev.resets; resets.count > 0) {
-      end(resets, p_.P, w.dh, w.direct, dir.grad_reset_h);
-      if constexpr (kLstm) end(resets, p_.H, w.dc, nullptr, dir.grad_reset_c);
+      launch_step(clip_gradient<A>, {count, p_.P, bound, w.dh, w.direct}, at, p_.P, stream_);
+    if (p_.resets) {
+      end_at_resets_of(at, p_.P, w.dh, w.direct, dir.grad_reset_h);
+      if constexpr (kLstm) end_at_resets_of(at, p_.H, w.dc, nullptr, dir.grad_reset_c);
     }
   }
 
-  void end(const Resets& resets, int64_t columns, A* gradient, A* more, void* sums) const {
-    launch_for(resets.count * columns, end_at_resets<A>, stream_,
-               EndAtResets<A>{resets, columns, gradient, more, static_cast<A*>(sums)});
+  void end_at_resets_of(const Timestep& at, int64_t columns, A* gradient, A* more,
+                        void* sums) const {
+    launch_step(end_at_resets<A>, {{p_.resets, 0}, columns, gradient, more, static_cast<A*>(sums)},
+                at, columns, stream_);
   }
 
   void end(int d) {
@@ -324,19 +351,19 @@ class Backward {
 template <class T>
 void gather(const BackwardParams& p, int d, T* out, cudaStream_t stream) {
   const BackwardDirection& dir = p.direction[d];
-  const T* const output = static_cast<const T*>(dir.output);
-  const T* const h0 = static_cast<const T*>(dir.h0);
+  const Previous<T> h = previous_h<T>(p, p.output_stride, dir.output, dir);
+  if (p.sizes_on_device)
+    return launch_for(p.T * p.B * p.P, gather_previous<T>, stream, {p.B, h, out}, {p, d, 0});
   const auto copy = [&](const T* from, int64_t stride, int64_t row, int64_t rows) {
     convert(from, stride, out + row * p.P, p.P, rows, p.P, stream);
   };
   for (int64_t t = 0; t < p.T; ++t) {
-    const auto [row_before, known] = before(p, d, t);
-    const int64_t row = p.row(t), count = p.active(t);
-    copy(h0 + known * p.P, p.P, row + known, count - known);
+    const StepRows r = Timestep{p, d, t}.rows();
+    copy(h.initial + r.known * p.P, p.P, r.row + r.known, r.count - r.known);
     // Dense, all steps but one lie as far from their predecessors as the first of them.
     const bool first_known = !p.batch_sizes && t == (d == 0 ? 1 : 0);
-    const int64_t rows = p.batch_sizes ? known : first_known ? (p.T - 1) * p.B : 0;
-    copy(output + row_before * p.output_stride, p.output_stride, row, rows);
+    const int64_t rows = p.batch_sizes ? r.known : first_known ? (p.T - 1) * p.B : 0;
+    copy(h.before + r.row_before * h.stride, h.stride, r.row, rows);
   }
   if (!p.resets) return;
   // Dense, the borders of all steps lie as far from their rows; ragged, each step has its own.
@@ -344,10 +371,10 @@ void gather(const BackwardParams& p, int d, T* out, cudaStream_t stream) {
       (p.T - d) * p.B, p.P, p.B, p.resets + d * p.B, static_cast<const T*>(dir.reset_h), out};
   if (!p.batch_sizes) return launch_for(all.rows * p.P, replace_reset_rows<T>, stream, all);
   for (int64_t t = 0; t < p.T; ++t) {
-    const Resets resets = entering_resets(p, d, t);
-    launch_for(resets.count * p.P, replace_reset_rows<T>, stream,
-               ResetRows<T>{resets.count, p.P, p.B, resets.flags,
-                            static_cast<const T*>(dir.reset_h), out + p.row(t) * p.P});
+    const StepRows r = Timestep{p, d, t}.rows();
+    launch_for(r.border_count * p.P, replace_reset_rows<T>, stream,
+               ResetRows<T>{r.border_count, p.P, p.B, p.resets + r.border_row,
+                            static_cast<const T*>(dir.reset_h), out + r.row * p.P});
   }
 }
 
@@ -420,6 +447,13 @@ void gather_previous_h(const BackwardParams& params, int direction, void* out,
   gpu::with_type(params.dtype, [&](auto storage) {
     gpu::gather(params, direction, static_cast<decltype(storage)*>(out), stream);
   });
+}
+
+void zero_tail(const LayerShape& shape, int64_t N, int64_t row_bytes, void* data,
+               cudaStream_t stream) {
+  const int64_t columns = row_bytes / static_cast<int64_t>(sizeof(uint16_t));
+  gpu::launch_for(N * columns, gpu::zero_rows, stream, shape, N, columns,
+                  static_cast<uint16_t*>(data));
 }
 
 }  // namespace rnn_fused

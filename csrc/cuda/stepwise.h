@@ -2,7 +2,10 @@
 // everything else. Any sizes, any dtype, projections; nothing waits for the device and nothing is
 // allocated, so that a call may be captured in a CUDA graph.
 //
-// All pointers in the params are device memory but batch_sizes and row_start, which the loop reads.
+// All pointers in the params are device memory but batch_sizes and row_start, which the loop reads;
+// with sizes_on_device they are too, and each step multiplies all B sequences.
+//
+// The final states of a sequence without timesteps are left alone.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -45,7 +48,11 @@ void stepwise_backward(const BackwardParams& params, void* workspace, const Devi
 void activate_gates(const LayerShape& shape, const DirectionWeights& weights, int64_t rows,
                     const void* sums, void* gates, cudaStream_t stream);
 
-// h before each row's step, what W_hh was multiplied with. out: [N, P].
+// h before each row's step, what W_hh was multiplied with. out: [N, P], whose tail is left alone.
 void gather_previous_h(const BackwardParams& params, int direction, void* out, cudaStream_t stream);
+
+// Zeroes the tail of [N, row_bytes], of a shape with sizes_on_device.
+void zero_tail(const LayerShape& shape, int64_t N, int64_t row_bytes, void* data,
+               cudaStream_t stream);
 
 }  // namespace rnn_fused

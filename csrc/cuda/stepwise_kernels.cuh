@@ -4,6 +4,7 @@
 #pragma once
 
 #include "csrc/core/cells.h"
+#include "csrc/core/params.h"
 #include "csrc/cuda/math.cuh"
 #include "csrc/cuda/primitives.cuh"
 #include "csrc/cuda/storage.cuh"
@@ -12,10 +13,58 @@ namespace rnn_fused::gpu {
 
 constexpr int kStepThreads = 256;
 
+// Where the rows of one timestep of one direction lie.
+struct StepRows {
+  int64_t row = 0, count = 0;                // of the first active sequence; active sequences
+  int64_t row_before = 0, known = 0;         // in the step before, of those that were active there
+  int64_t border_row = 0, border_count = 0;  // of the resets' flags
+  int64_t ending = 0;                        // the first active sequence that the step after lacks
+};
+
+// What a kernel does for one timestep is described as if all B sequences were active and their rows
+// the first ones. place() moves that to the rows of the timestep: on the host, or, where only the
+// device knows them, first thing in the kernel.
+struct Timestep {
+  LayerShape shape;
+  int d;
+  int64_t t;
+
+  RNN_FUSED_HD StepRows rows() const {
+    const int64_t before = d == 0 ? t - 1 : t + 1, after = d == 0 ? t + 1 : t - 1;
+    const int64_t border = d == 0 ? t : t + 1;
+    StepRows r;
+    r.row = shape.row(t);
+    r.count = shape.active(t);
+    if (before >= 0 && before < shape.T) {
+      r.row_before = shape.row(before);
+      r.known = fewer(r.count, shape.active(before));
+    }
+    if (shape.resets && border < shape.T) {
+      r.border_row = shape.row(border);
+      r.border_count = shape.active(border);
+    }
+    if (after >= 0 && after < shape.T) r.ending = fewer(r.count, shape.active(after));
+    return r;
+  }
+
+  template <class Work>
+  __device__ void place(Work& work) const {
+    if (shape.sizes_on_device) work.place(rows());
+  }
+
+ private:
+  RNN_FUSED_HD static int64_t fewer(int64_t a, int64_t b) { return a < b ? a : b; }
+};
+
 // The sequences, of the first `count`, that come to a step with the reset state.
 struct Resets {
   const bool* flags;  // [count]
   int64_t count;      // 0 without resets
+
+  RNN_FUSED_HD void place(const StepRows& r) {
+    flags += r.border_row;
+    count = r.border_count;
+  }
 
   __device__ bool at(int64_t b) const { return b < count && flags[b]; }
 };
@@ -31,6 +80,12 @@ struct Previous {
   int64_t columns, known;
   Resets resets;
   const Initial* reset;  // [B, columns]
+
+  RNN_FUSED_HD void place(const StepRows& r) {
+    before += r.row_before * stride;
+    known = r.known;
+    resets.place(r);
+  }
 
   __device__ Acc<T> at(int64_t b, int64_t j) const {
     if (resets.at(b)) return to_acc(reset[b * columns + j]);
@@ -104,6 +159,7 @@ struct ForwardStep : PreActivations<T> {
   using A = Acc<T>;
   T* h;                // [count, h_stride]
   int64_t h_stride;    //
+  bool h_has_rows;     // else it is where it is in every step
   Previous<T> h_prev;  // GRU
   A *c, *cells;        // [B, H] from step to step; [count, H] to save, or null; LSTM
   Resets resets;       //
@@ -111,11 +167,23 @@ struct ForwardStep : PreActivations<T> {
   T* c_n;              // [B, H] of the sequences that end with this step; LSTM
   int64_t ending;      // the first of those
   bool save_gates;
+
+  int64_t sequences() const { return this->count; }
+  RNN_FUSED_HD void place(const StepRows& r) {
+    this->count = r.count;
+    this->gates += r.row * this->gates_stride;
+    if (h_has_rows) h += r.row * h_stride;
+    h_prev.place(r);
+    if (cells) cells += r.row * this->H;
+    resets = h_prev.resets;
+    ending = r.ending;
+  }
 };
 
 template <class T, Cell kCell>
-__global__ void __launch_bounds__(kStepThreads) forward_step(ForwardStep<T> p) {
+__global__ void __launch_bounds__(kStepThreads) forward_step(ForwardStep<T> p, Timestep at) {
   using A = Acc<T>;
+  at.place(p);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= p.count * p.H) return;
   const int64_t b = i / p.H, j = i % p.H;
@@ -156,14 +224,32 @@ struct BackwardStep {
   const A* grad_cells;    // [count, H] or null; LSTM
   A* dc;                  // [B, H]; LSTM
   T* grad_gates;          // [count, S*H]
-  T* operand;             // [count, 3*H] the gradients that reach W_hh, side by side; GRU
+  T* operand;             // [count, G*H] the gradients that reach W_hh, side by side; or null
   T* hidden;              // [count, H] o * tanh(c), with a projection; or null
   CellOptions<A> options;
+  int64_t saved;  // S
+
+  int64_t sequences() const { return count; }
+  RNN_FUSED_HD void place(const StepRows& r) {
+    count = r.count;
+    if (gates) gates += r.row * saved * H;
+    if (grad_cells) grad_cells += r.row * H;
+    if (cells) {
+      cells += r.row * H;
+      c_prev.place(r);
+    }
+    output += r.row * output_stride;
+    h_prev.place(r);
+    if (grad_output) grad_output += r.row * output_stride;
+    grad_gates += r.row * saved * H;
+    if (hidden) hidden += r.row * H;
+  }
 };
 
 template <class T, Cell kCell>
-__global__ void __launch_bounds__(kStepThreads) backward_step(BackwardStep<T> p) {
+__global__ void __launch_bounds__(kStepThreads) backward_step(BackwardStep<T> p, Timestep at) {
   using A = Acc<T>;
+  at.place(p);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= p.count * p.H) return;
   const int64_t b = i / p.H, j = i % p.H;
@@ -171,6 +257,8 @@ __global__ void __launch_bounds__(kStepThreads) backward_step(BackwardStep<T> p)
   const auto gate = [&](int saved) { return to_acc(p.gates[(b * kSaved + saved) * p.H + j]); };
   const auto put = [&](int saved, A grad) {
     p.grad_gates[(b * kSaved + saved) * p.H + j] = from_acc<T>(grad);
+    if (kCell != Cell::gru && p.operand)
+      p.operand[(b * kSaved + saved) * p.H + j] = from_acc<T>(grad);
   };
   A dh = p.dh[i];
   if (p.grad_output) dh += to_acc(p.grad_output[b * p.output_stride + j]);
@@ -202,13 +290,46 @@ __global__ void __launch_bounds__(kStepThreads) backward_step(BackwardStep<T> p)
   }
 }
 
-// out: [rows, columns]
 template <class T>
-__global__ void __launch_bounds__(kStepThreads)
-    copy_previous(int64_t rows, Previous<T> from, T* out) {
+struct CopyPrevious {
+  int64_t count;  // active sequences
+  Previous<T> from;
+  T* out;  // [count, columns]
+
+  int64_t sequences() const { return count; }
+  RNN_FUSED_HD void place(const StepRows& r) {
+    count = r.count;
+    from.place(r);
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kStepThreads) copy_previous(CopyPrevious<T> p, Timestep at) {
+  at.place(p);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= rows * from.columns) return;
-  out[i] = from_acc<T>(from.at(i / from.columns, i % from.columns));
+  const int64_t columns = p.from.columns;
+  if (i < p.count * columns) p.out[i] = from_acc<T>(p.from.at(i / columns, i % columns));
+}
+
+// h before every row's step, where only the device knows the rows: one thread for each element of
+// [T, B, P]. first: the direction's first timestep.
+template <class T>
+__global__ void __launch_bounds__(kStepThreads) gather_previous(CopyPrevious<T> p, Timestep first) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t columns = p.from.columns, size = p.count * columns;
+  if (i >= first.shape.T * size) return;
+  const StepRows rows = Timestep{first.shape, first.d, i / size}.rows();
+  p.place(rows);
+  const int64_t b = i % size / columns, j = i % columns;
+  if (b < p.count) p.out[(rows.row + b) * columns + j] = from_acc<T>(p.from.at(b, j));
+}
+
+// data: [N, columns], whose tail becomes zero.
+__global__ void __launch_bounds__(kStepThreads)
+    zero_rows(LayerShape shape, int64_t N, int64_t columns, uint16_t* data) {
+  const int64_t tail = shape.row(shape.T - 1) + shape.active(shape.T - 1);
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x + tail * columns;
+  if (i < N * columns) data[i] = 0;
 }
 
 // Rows of sequences 0 to B - 1 in turn, of which those with a flag become the reset state.
@@ -235,10 +356,14 @@ struct EndAtResets {
   int64_t columns;
   A *gradient, *more;  // [B, columns]; more may be null
   A* sums;             // [B, columns]
+
+  int64_t sequences() const { return resets.count; }
+  RNN_FUSED_HD void place(const StepRows& r) { resets.place(r); }
 };
 
 template <class A>
-__global__ void __launch_bounds__(kStepThreads) end_at_resets(EndAtResets<A> p) {
+__global__ void __launch_bounds__(kStepThreads) end_at_resets(EndAtResets<A> p, Timestep at) {
+  at.place(p);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (!p.resets.at(i / p.columns)) return;
   p.sums[i] += p.gradient[i] + (p.more ? p.more[i] : A(0));
@@ -249,15 +374,19 @@ __global__ void __launch_bounds__(kStepThreads) end_at_resets(EndAtResets<A> p) 
 // gradient = clip(gradient + more, bound), and more = 0.
 template <class A>
 struct ClipGradient {
-  int64_t count;
+  int64_t count, columns;  // of active sequences
   A bound;
-  A *gradient, *more;  // [count]; more may be null
+  A *gradient, *more;  // [count, columns]; more may be null
+
+  int64_t sequences() const { return count; }
+  RNN_FUSED_HD void place(const StepRows& r) { count = r.count; }
 };
 
 template <class A>
-__global__ void __launch_bounds__(kStepThreads) clip_gradient(ClipGradient<A> p) {
+__global__ void __launch_bounds__(kStepThreads) clip_gradient(ClipGradient<A> p, Timestep at) {
+  at.place(p);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= p.count) return;
+  if (i >= p.count * p.columns) return;
   p.gradient[i] = clip(p.gradient[i] + (p.more ? p.more[i] : A(0)), p.bound);
   if (p.more) p.more[i] = 0;
 }
@@ -275,14 +404,47 @@ struct Sum {
 };
 
 template <class InA, class InB, class Out>
-__global__ void __launch_bounds__(kStepThreads) add_matrices(Sum<InA, InB, Out> p) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+__device__ void add_element(const Sum<InA, InB, Out>& p, int64_t i) {
   if (i >= p.rows * p.columns) return;
   const int64_t r = i / p.columns, c = i % p.columns;
   Acc<Out> sum = 0;
   if (p.a) sum += to_acc(p.a[r * p.a_stride + c]);
   if (p.b) sum += to_acc(p.b[r * p.b_stride + c]);
   p.out[r * p.out_stride + c] = from_acc<Out>(sum);
+}
+
+template <class InA, class InB, class Out>
+__global__ void __launch_bounds__(kStepThreads) add_matrices(Sum<InA, InB, Out> p) {
+  add_element(p, static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x);
+}
+
+// The same of the sequences that are active in a timestep.
+template <class InA, class InB, class Out>
+struct StepSum {
+  Sum<InA, InB, Out> sum;
+  bool a_has_rows = false, b_has_rows = false, out_has_rows = false;  // as h of ForwardStep
+  bool of_ending = false;  // only of the sequences that end with this step
+
+  int64_t sequences() const { return sum.rows; }
+  RNN_FUSED_HD void place(const StepRows& r) {
+    const int64_t first = of_ending ? r.ending : 0;
+    sum.rows = r.count - first;
+    sum.a = moved(sum.a, sum.a_stride, first + (a_has_rows ? r.row : 0));
+    sum.b = moved(sum.b, sum.b_stride, first + (b_has_rows ? r.row : 0));
+    sum.out = moved(sum.out, sum.out_stride, first + (out_has_rows ? r.row : 0));
+  }
+
+ private:
+  template <class P>
+  RNN_FUSED_HD static P* moved(P* matrix, int64_t stride, int64_t rows) {
+    return matrix ? matrix + rows * stride : nullptr;
+  }
+};
+
+template <class InA, class InB, class Out>
+__global__ void __launch_bounds__(kStepThreads) add_active(StepSum<InA, InB, Out> p, Timestep at) {
+  at.place(p);
+  add_element(p.sum, static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x);
 }
 
 }  // namespace rnn_fused::gpu

@@ -140,14 +140,14 @@ class LastRow {
 };
 
 // Runs the kernel as the thread of element (b, j) of a matrix with so many columns.
-template <class Params>
-void run_thread(void (*kernel)(Params), const Params& params, int64_t b, int64_t columns,
-                int64_t j) {
+template <class... Params>
+void run_thread(void (*kernel)(Params...), int64_t b, int64_t columns, int64_t j,
+                const std::type_identity_t<Params>&... params) {
   const int64_t i = b * columns + j;
   blockDim = dim3(gpu::kStepThreads);
   blockIdx = {static_cast<unsigned>(i / gpu::kStepThreads), 0, 0};
   threadIdx = {static_cast<unsigned>(i % gpu::kStepThreads), 0, 0};
-  kernel(params);
+  kernel(params...);
 }
 
 template <Cell kCell>
@@ -185,7 +185,7 @@ void check_step_kernels(bool reset) {
     forward.c_n = c_n.get(far);
     forward.ending = b;
     forward.save_gates = true;
-    run_thread(gpu::forward_step<float, kCell>, forward, b, kH, kUnit);
+    run_thread(gpu::forward_step<float, kCell>, b, kH, kUnit, forward, {});
 
     gpu::BackwardStep<float> backward{};
     backward.count = b + 1;
@@ -203,7 +203,7 @@ void check_step_kernels(bool reset) {
     backward.grad_gates = grads.get(far);
     backward.operand = operand.get(far);
     backward.hidden = hidden.get(far);
-    run_thread(gpu::backward_step<float, kCell>, backward, b, kH, kUnit);
+    run_thread(gpu::backward_step<float, kCell>, b, kH, kUnit, backward, {});
   }
   for (const LastRow<float>* tensor :
        {&gates, &h, &c, &cells, &c_n, &direct, &dc, &grads, &operand, &hidden})
@@ -219,27 +219,26 @@ TEST_CASE("stepwise: a thread beyond 2^32 finds its elements") {
   }
   Random random(3);
   LastRow<float> a(kH, random), b(kH, random), sum(kH, random), copy(kH, random), reset(kH, random),
-      replaced(kH, random), gradient(kH, random), more(kH, random), sums(kH, random);
+      replaced(kH, random), gradient(kH, random), more(kH, random), sums(kH, random),
+      clipped(kH, random);
   LastRow<bool> flags(1, random);
   for (bool far : {false, true}) {
     const int64_t row = far ? kSequence : 0;
     *(flags.get(far) + row) = true;
     const gpu::Resets resets = {flags.get(far), row + 1};
-    run_thread(gpu::add_matrices<float, float, float>,
-               {row + 1, kH, a.get(far), kH, b.get(far), kH, sum.get(far), kH}, row, kH, kUnit);
-    run_thread(gpu::replace_reset_rows<float>,
-               {row + 1, kH, row + 1, flags.get(far), reset.get(far), replaced.get(far)}, row, kH,
-               kUnit);
-    run_thread(gpu::end_at_resets<float>,
-               {resets, kH, gradient.get(far), more.get(far), sums.get(far)}, row, kH, kUnit);
+    run_thread(gpu::add_matrices<float, float, float>, row, kH, kUnit,
+               {row + 1, kH, a.get(far), kH, b.get(far), kH, sum.get(far), kH});
+    run_thread(gpu::replace_reset_rows<float>, row, kH, kUnit,
+               {row + 1, kH, row + 1, flags.get(far), reset.get(far), replaced.get(far)});
+    run_thread(gpu::end_at_resets<float>, row, kH, kUnit,
+               {resets, kH, gradient.get(far), more.get(far), sums.get(far)}, {});
+    run_thread(gpu::clip_gradient<float>, row, kH, kUnit,
+               {row + 1, kH, 0.1f, clipped.get(far), more.get(far)}, {});
     const gpu::Previous<float> from = {a.get(far), kH,           b.get(far), kH,
                                        row + 1,    {nullptr, 0}, nullptr};
-    const int64_t i = row * kH + kUnit;
-    blockIdx = {static_cast<unsigned>(i / gpu::kStepThreads), 0, 0};
-    threadIdx = {static_cast<unsigned>(i % gpu::kStepThreads), 0, 0};
-    gpu::copy_previous<float>(row + 1, from, copy.get(far));
+    run_thread(gpu::copy_previous<float>, row, kH, kUnit, {row + 1, from, copy.get(far)}, {});
   }
-  for (const LastRow<float>* tensor : {&sum, &copy, &replaced, &gradient, &more, &sums})
+  for (const LastRow<float>* tensor : {&sum, &copy, &replaced, &gradient, &more, &sums, &clipped})
     CHECK(tensor->same());
 }
 
