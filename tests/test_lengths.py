@@ -645,5 +645,5 @@ def test_only_our_kernels_run_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops.families, "has_kernels", lambda *_: False)
     monkeypatch.setattr(ops, "_warn_unfused", lambda device: None)
     module = make("gru", "meta")
-    with pytest.raises(RuntimeError, match="lengths need rnn_fused's kernels: meta has none"):
+    with pytest.raises(RuntimeError, match="lengths: rnn_fused has no kernels for meta tensors"):
         module(random_batch(module, 4, 2), lengths=torch.zeros(2).long().to("meta"))

@@ -452,7 +452,7 @@ void gather_previous_h(const BackwardParams& params, int direction, void* out,
 void zero_tail(const LayerShape& shape, int64_t N, int64_t row_bytes, void* data,
                cudaStream_t stream) {
   const int64_t columns = row_bytes / static_cast<int64_t>(sizeof(uint16_t));
-  gpu::launch_for(N * columns, gpu::zero_rows, stream, shape, N, columns,
+  gpu::launch_for(N * columns, gpu::zero_rows<uint16_t>, stream, shape, N, columns,
                   static_cast<uint16_t*>(data));
 }
 

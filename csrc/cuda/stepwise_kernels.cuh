@@ -325,8 +325,9 @@ __global__ void __launch_bounds__(kStepThreads) gather_previous(CopyPrevious<T> 
 }
 
 // data: [N, columns], whose tail becomes zero.
+template <class T>
 __global__ void __launch_bounds__(kStepThreads)
-    zero_rows(LayerShape shape, int64_t N, int64_t columns, uint16_t* data) {
+    zero_rows(LayerShape shape, int64_t N, int64_t columns, T* data) {
   const int64_t tail = shape.row(shape.T - 1) + shape.active(shape.T - 1);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x + tail * columns;
   if (i < N * columns) data[i] = 0;

@@ -157,7 +157,7 @@ void check_step_kernels(bool reset) {
   std::vector<float> bias(G * kH, 0.1f);
   LastRow<float> sums(G * kH, random), gates(S * kH, random), h(kH, random), before(kH, random),
       initial(kH, random), c(kH, random), cells(kH, random), c_n(kH, random), dh(kH, random),
-      direct(kH, random), dc(kH, random), grads(S * kH, random), operand(3 * kH, random),
+      direct(kH, random), dc(kH, random), grads(S * kH, random), operand(G * kH, random),
       hidden(kH, random), gradient(kH, random);
   LastRow<bool> flags(1, random);
   for (bool far : {false, true}) {

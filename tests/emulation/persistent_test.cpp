@@ -127,7 +127,7 @@ void check_cells(DType dtype, Precision precision, int64_t H, std::initializer_l
     c.ragged = random.coin();
     c.bias = random.coin();
     c.resets = random.coin();
-    c.options = random.coin();
+    c.options = c.ragged != c.resets;
     c.gap = random.one_of({0, 3, 8});
     c.precision = precision;
     c.save = random.coin();
