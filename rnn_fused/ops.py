@@ -75,16 +75,19 @@ def layer(
             options=options,
             all_cells=all_cells,
         )
-    # What torch's own op lacks.
-    lengths = batch_sizes is not None and not batch_sizes.is_cpu  # as those of a module are
-    extras = {"lengths": lengths, "resets": resets is not None}
-    extras |= {"all_cells": all_cells, "recompute": recompute}
-    for name, default in PLAIN._asdict().items():
-        extras[name] = getattr(options, name) != default
-    wanted = ", ".join(name for name, on in extras.items() if on)
+
+    def extras() -> str:
+        """What the call asks for that torch's own op lacks."""
+        lengths = batch_sizes is not None and not batch_sizes.is_cpu  # as those of a module are
+        asked = {"lengths": lengths, "resets": resets is not None}
+        asked |= {"all_cells": all_cells, "recompute": recompute}
+        for name, default in PLAIN._asdict().items():
+            asked[name] = getattr(options, name) != default
+        return ", ".join(name for name, on in asked.items() if on)
+
     if not families.has_kernels(device, input.device.index):
         _warn_unfused(device)
-        if wanted:
+        if wanted := extras():
             raise RuntimeError(f"[{cell}] {wanted}: rnn_fused has no kernels for {device} tensors")
         return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
     kernels, allow_tf32 = "auto", False
@@ -93,7 +96,7 @@ def layer(
         allow_tf32 = input.dtype == torch.float32 and families.allows_tf32()
         if kernels == "cudnn":
             if not transformed:
-                if wanted:
+                if wanted := extras():
                     raise RuntimeError(f'[{cell}] kernels("cudnn") cannot run {wanted}')
                 return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
             kernels = "auto"  # torch.func's transforms have no rules for torch's op

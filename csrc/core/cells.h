@@ -9,9 +9,21 @@
 
 namespace rnn_fused {
 
-// NaN stays NaN; a bound that is NaN is none.
+// Whether a bound is known to be none, NaN. The host asks before it compares every value; on a
+// device a branch costs more than the comparisons.
+template <class A>
+RNN_FUSED_HD bool surely_unbounded(A bound) {
+#ifdef __CUDA_ARCH__
+  return false;
+#else
+  return !(bound > 0);
+#endif
+}
+
+// NaN stays NaN.
 template <class V, class A>
 RNN_FUSED_HD V clip(V x, A bound) {
+  if (surely_unbounded(bound)) return x;
   const V high = V{} + bound, low = V{} - bound;
   return x > high ? high : x < low ? low : x;
 }
@@ -19,6 +31,7 @@ RNN_FUSED_HD V clip(V x, A bound) {
 // The gradient of x, from that of clip(x, bound): none where the bound is reached.
 template <class V, class A>
 RNN_FUSED_HD V through_clip(V clipped, A bound, V grad) {
+  if (surely_unbounded(bound)) return grad;
   const V high = V{} + bound, low = V{} - bound;
   return clipped >= high ? V{} : clipped <= low ? V{} : grad;
 }
