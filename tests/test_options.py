@@ -375,6 +375,39 @@ def test_gradients_reach_every_c() -> None:
     )
 
 
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time first", "batch first"])
+def test_everything_at_once_equals_each_sequence_alone(batch_first: bool, device: str) -> None:
+    torch.manual_seed(0)
+    options = {"gate_slope": 1.5, "cell_clip": 0.3, "grad_clip_value": 0.1, "save": "recompute"}
+    sizes = {"num_layers": 2, "bidirectional": True, "proj_size": 4, "batch_first": batch_first}
+    lstm = rnn_fused.LSTM(3, 5, **sizes, **options).to(device, torch.float64)
+    time, lengths = int(batch_first), (3, 6, 0, 1)
+    x = torch.randn(4, 6, 3) if batch_first else torch.randn(6, 4, 3)
+    x = x.to(device, torch.float64).requires_grad_()
+    resets = torch.rand(x.shape[:2], device=device) < 0.3
+
+    def loss(*states: Tensor) -> Tensor:
+        return sum((state**2).sum() for state in states)
+
+    given = torch.tensor(lengths, device=device)
+    _, _, layers = lstm(x, lengths=given, resets=resets, return_all_states=True)
+    (whole,) = torch.autograd.grad(loss(*layers[0], *layers[1]), x)
+    for b, n in enumerate(lengths):
+        rows = x.select(1 - time, b), resets.select(1 - time, b)
+        assert not whole.select(1 - time, b)[n:].any()
+        if n == 0:
+            continue
+        alone, flags = (row[:n].unsqueeze(1 - time) for row in rows)
+        _, _, own = lstm(alone, resets=flags, return_all_states=True)
+        (gradient,) = torch.autograd.grad(loss(*own[0], *own[1]), alone)
+        for every, expected in zip((*layers[0], *layers[1]), (*own[0], *own[1]), strict=True):
+            sequence = every.select(1 - time, b)
+            torch.testing.assert_close(sequence[:n], expected.squeeze(1 - time), **ROUNDING)
+            assert not sequence[n:].any()
+        actual = whole.select(1 - time, b)[:n]
+        torch.testing.assert_close(actual, gradient.squeeze(1 - time), **ROUNDING)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_recompute_of_a_stack(name: str) -> None:
     sizes = {"num_layers": 2, "bidirectional": True, "batch_first": True}
