@@ -175,8 +175,10 @@ def first_order(
     if differentiable:
         gradients = apply(LayerBackward, *args)
     elif once and type(gates) is Tensor and not torch._C._len_torch_dispatch_stack():
+        if gates.numel() > 0:
+            # Before, so that whoever sees them later, a second try after an error too, is told.
+            torch.autograd.graph.increment_version(gates)
         gradients = _run_backward(library.layer_backward_, *args)
-        torch.autograd.graph.increment_version(gates)  # who does see them is told
     else:
         gradients = LayerBackward.forward(*args)
     weights = iter(gradients[STATES:])

@@ -66,8 +66,8 @@ def chrono_(module: Module, max_length: float, *, generator: Generator | None = 
     The paper's leaky units take the new value with a gate g of bias -log(u), and keep the old with
     1 - g. torch's GRU, h' = (1 - z) n + z h, keeps it with z: z = 1 - g has the bias log(u).
 
-    As torch adds two biases, these are of bias_ih, and the same gates' of bias_hh become 0. The
-    other gates' biases stay as they are.
+    The logarithms are divided by the module's gate_slope. As torch adds two biases, these are of
+    bias_ih, and the same gates' of bias_hh become 0. The other gates' biases stay as they are.
 
     Args:
         module: an LSTM, GRU, LSTMCell or GRUCell.
@@ -91,6 +91,7 @@ def chrono_(module: Module, max_length: float, *, generator: Generator | None = 
         keep = FORGET_GATE if cell == "LSTM" else UPDATE_GATE
         bias = _gate(bias_ih, gates, keep)
         bias.uniform_(1, max_length - 1, generator=generator).log_()
+        bias.div_(getattr(module, "gate_slope", 1.0))
         _gate(bias_hh, gates, keep).zero_()
         if cell == "LSTM":
             _gate(bias_ih, gates, INPUT_GATE).copy_(-bias)

@@ -41,7 +41,8 @@ def layer(
 
     recompute: keep nothing of the gates for the backward pass, which rebuilds them in one product.
 
-    Derivatives of every order and kind pass through it: backward, `torch.func`, forward mode.
+    Derivatives of every order and kind pass through it: backward, `torch.func`, forward mode. With
+    grad_clip_value those that run backwards are clipped, and no derivatives in the strict sense.
 
     Raises:
         ValueError: the cell is unknown.

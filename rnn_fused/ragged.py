@@ -63,7 +63,8 @@ def ragged(lengths: Tensor, batch: Tensor, batch_first: bool, module: str) -> Ra
     B, T = batch.shape[:2] if batch_first else (batch.shape[1], batch.shape[0])
     values = _read(lengths, T, B, module)
     known = values is not None and batch.is_cpu and not forward_mode()
-    lengths = lengths.to(batch.device, torch.int64, non_blocking=True)
+    # Towards a device; a copy from one is not there when the CPU goes on.
+    lengths = lengths.to(batch.device, torch.int64, non_blocking=not batch.is_cpu)
     descending, order = lengths.sort(descending=True, stable=True)
     longest = max(1, *values) if known and values else T
     steps = torch.arange(longest, device=batch.device).unsqueeze(1)

@@ -32,7 +32,8 @@ class CellOptions(NamedTuple):
     grad_clip_value: float | None = None
     """The gradients of h and c that a step passes back to the step before it, or to the initial
     state, are clipped to this magnitude, value by value (Graves 2013). Those that come from
-    outside, through output, h_n and c_n, are added unclipped."""
+    outside, through output, h_n and c_n, are added unclipped. What is clipped is no derivative any
+    more, and second derivatives, which run backwards through these steps again, are clipped too."""
 
 
 class LayerOutputs(NamedTuple):

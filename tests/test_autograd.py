@@ -14,7 +14,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from rnn_fused import autograd, ops, reference
+from rnn_fused import autograd, library, ops, reference
 
 
 def small(kind: str, **options: Any) -> Problem:
@@ -231,6 +231,30 @@ def test_backward_takes_the_place_of_the_gates(
     torch.autograd.grad(case.run(ops.layer)[0].sum(), case.tensors, create_graph=True)
     torch.func.grad(case.loss(ops.layer))(*case.map(Tensor.detach).tensors)
     assert ops_run == ["layer_backward"] * 2
+
+
+def test_a_backward_pass_that_failed_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gates may be gone; without gates to lose, the second one is right."""
+    backward = library.layer_backward_
+
+    def fail(*args: Any) -> None:
+        backward(*args)
+        raise RuntimeError("no memory")
+
+    for cell in ("lstm", "rnn_tanh"):
+        case = problem(cell)
+        output = case.run(ops.layer)[0].sum()
+        expected = torch.autograd.grad(output, case.tensors, retain_graph=True)
+        monkeypatch.setattr(library, "layer_backward_", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            torch.autograd.grad(output, case.tensors)
+        monkeypatch.setattr(library, "layer_backward_", backward)
+        if cell == "lstm":
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(output, case.tensors)
+        else:
+            again = torch.autograd.grad(output, case.tensors)
+            torch.testing.assert_close(again, expected, rtol=0, atol=0)
 
 
 def test_overwritten_gates_are_noticed() -> None:

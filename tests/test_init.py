@@ -92,6 +92,14 @@ def test_chrono_draws_uniform_times() -> None:
     torch.testing.assert_close(times.quantile(quantiles), 1 + 99 * quantiles, atol=2.5, rtol=0)
 
 
+def test_chrono_reckons_with_steeper_gates() -> None:
+    plain, steep = rnn_fused.LSTM(2, 5), rnn_fused.LSTM(2, 5, gate_slope=4.0)
+    for module in (plain, steep):
+        init.chrono_(module, 50, generator=torch.Generator().manual_seed(1))
+    gates = slice(0, 10)  # i and f
+    torch.testing.assert_close(4 * steep.bias_ih_l0[gates], plain.bias_ih_l0[gates])
+
+
 @pytest.mark.parametrize("name", ["LSTMCell", "GRUCell"])
 def test_chrono_remembers_for_as_long(name: str) -> None:
     """Without input, u = T - 1 makes what is kept shrink by 1 - 1/T a step."""

@@ -449,6 +449,15 @@ def test_the_op_refuses_what_its_cell_lacks() -> None:
             replace(problem(cell), options=options).run(ops.layer)
 
 
+def test_a_bound_that_float32_has_not() -> None:
+    x = torch.randn(2, 1, 3)
+    with pytest.raises(RuntimeError, match=r"cell_clip must be .* in float32, got 1e-46"):
+        rnn_fused.LSTM(3, 5, cell_clip=1e-46)(x)
+    with pytest.raises(RuntimeError, match=r"gate_slope must be .* in float32, got 1e\+39"):
+        rnn_fused.GRU(3, 5, gate_slope=1e39)(x)
+    assert not rnn_fused.LSTM(3, 5, cell_clip=1e-46).double()(x.double())[0].isnan().any()
+
+
 def test_options_are_kept_and_shown() -> None:
     options = {"gate_slope": 2.0, "cell_clip": 3.0, "grad_clip_value": 0.5, "save": "recompute"}
     module = rnn_fused.LSTM(3, 5, **options)

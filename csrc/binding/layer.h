@@ -30,11 +30,13 @@ inline DType parse_dtype(const std::string& cell, ScalarType type) {
        torch::headeronly::toString(type));
 }
 
-inline Options parse_options(const std::string& cell, double gate_slope,
+inline Options parse_options(const std::string& cell, DType dtype, double gate_slope,
                              std::optional<double> cell_clip, std::optional<double> grad_clip) {
   const auto check = [&](const char* what, double value) {
-    RNN_FUSED_CHECK(std::isfinite(value) && value > 0, "[", cell, "] ", what,
-                    " must be positive and finite, got ", value);
+    const double used = dtype == DType::f64 ? value : static_cast<float>(value);
+    RNN_FUSED_CHECK(std::isfinite(used) && used > 0, "[", cell, "] ", what,
+                    " must be positive and finite", used == value ? "" : " in float32", ", got ",
+                    value);
   };
   Options options;
   check("gate_slope", gate_slope);
@@ -87,8 +89,8 @@ struct Layer {
         std::optional<double> cell_clip, std::optional<double> grad_clip)
       : name(cell) {
     shape.cell = parse_cell(cell);
-    shape.options = parse_options(cell, gate_slope, cell_clip, grad_clip);
     shape.dtype = parse_dtype(cell, input_.scalar_type());
+    shape.options = parse_options(cell, shape.dtype, gate_slope, cell_clip, grad_clip);
     const int64_t D = static_cast<int64_t>(weight_ih_.size());
     RNN_FUSED_CHECK(D == 1 || D == 2, "[", name, "] weight_ih must hold 1 or 2 directions, got ",
                     D);
