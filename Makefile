@@ -76,13 +76,13 @@ emulate-plain emulate-asan emulate-tsan:
 	ctest --test-dir build/$@ --output-on-failure --no-tests=error --parallel $(MAX_TESTS)
 
 EMULATED_OPS = build/emulate-plain/tests/emulation/libemulated_ops.so
+# Of the later files not what takes many calls: the kernels are those of the earlier ones.
 emulate-ops: build emulate-plain
 	cmake -S . -B build/emulate-plain -DRNN_FUSED_TESTS=OFF -DRNN_FUSED_EMULATION=ON \
 	    -DRNN_FUSED_TORCH=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")
 	cmake --build build/emulate-plain --target emulated_ops --parallel $(MAX_JOBS)
 	$(BIN)/python -m pytest --emulated-cuda $(EMULATED_OPS) $(PYTEST_ARGS) \
 	    tests/test_emulated_families.py tests/test_ops.py tests/test_resets.py
-	# Of these not what takes many calls: the kernels are those of the tests above.
 	$(BIN)/python -m pytest --emulated-cuda $(EMULATED_OPS) $(PYTEST_ARGS) \
 	    -k "not gradcheck and not any_" tests/test_lengths.py tests/test_options.py
 
