@@ -15,6 +15,11 @@ constexpr GpuProperties kH100 = {90, 132, 65536, 233472, 232448};
 // Room for one direction of up to 304 units in wide blocks.
 constexpr GpuProperties kSmall = {90, 19, 65536, 233472, 232448};
 
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
 #ifdef __SANITIZE_THREAD__
 constexpr int64_t kMaxBlocks = 31;  // as many threads as ThreadSanitizer can tell apart
 constexpr uint64_t kRounds = 1;
@@ -132,7 +137,11 @@ void check_cells(DType dtype, Precision precision, int64_t H, std::initializer_l
     c.precision = precision;
     c.save = random.coin();
     c.gpu = gpu;
-    if (fits(c)) check_case(c, random.bits());
+    if (!fits(c)) continue;
+    const uint64_t seed = random.bits();
+    if (kSanitized && dtype == DType::f16 && H > 100)
+      continue;  // bfloat16's code, and it takes long
+    check_case(c, seed);
   }
 }
 
