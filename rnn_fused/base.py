@@ -318,7 +318,9 @@ class FusedRNNBase(RNNBase):
             all_states,
         )
         every = [tuple(self._time_first(rows.unpack(state)) for state in layer) for layer in layers]
-        return self._time_first(rows.unpack(output)), rows.unsort(final), every
+        # The last layer's h is among them.
+        output = every[-1][0] if all_states else self._time_first(rows.unpack(output))
+        return output, rows.unsort(final), every
 
     def _run(
         self,

@@ -76,19 +76,9 @@ def layer(
             options=options,
             all_cells=all_cells,
         )
-
-    def extras() -> str:
-        """What the call asks for that torch's own op lacks."""
-        lengths = batch_sizes is not None and not batch_sizes.is_cpu  # as those of a module are
-        asked = {"lengths": lengths, "resets": resets is not None}
-        asked |= {"all_cells": all_cells, "recompute": recompute}
-        for name, default in PLAIN._asdict().items():
-            asked[name] = getattr(options, name) != default
-        return ", ".join(name for name, on in asked.items() if on)
-
     if not families.has_kernels(device, input.device.index):
         _warn_unfused(device)
-        if wanted := extras():
+        if wanted := _extras(batch_sizes, resets, options, all_cells, recompute):
             raise RuntimeError(f"[{cell}] {wanted}: rnn_fused has no kernels for {device} tensors")
         return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
     kernels, allow_tf32 = "auto", False
@@ -97,7 +87,7 @@ def layer(
         allow_tf32 = input.dtype == torch.float32 and families.allows_tf32()
         if kernels == "cudnn":
             if not transformed:
-                if wanted := extras():
+                if wanted := _extras(batch_sizes, resets, options, all_cells, recompute):
                     raise RuntimeError(f'[{cell}] kernels("cudnn") cannot run {wanted}')
                 return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
             kernels = "auto"  # torch.func's transforms have no rules for torch's op
@@ -117,6 +107,22 @@ def layer(
     if cx is None:
         return LayerOutputs(output, h_n, None, None)
     return LayerOutputs(output, h_n, c_n, join_directions(cells, input) if all_cells else None)
+
+
+def _extras(
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    options: CellOptions,
+    all_cells: bool,
+    recompute: bool,
+) -> str:
+    """What a call asks for that torch's own op lacks, by name."""
+    lengths = batch_sizes is not None and not batch_sizes.is_cpu  # as those of a module are
+    asked = {"lengths": lengths, "resets": resets is not None}
+    asked |= {"all_cells": all_cells, "recompute": recompute}
+    for name, default in PLAIN._asdict().items():
+        asked[name] = getattr(options, name) != default
+    return ", ".join(name for name, on in asked.items() if on)
 
 
 def _requires_grad(primals: tuple[Tensor | None, ...], weights: LayerWeights) -> bool:

@@ -254,6 +254,13 @@ def test_gate_slope_scales_what_enters_the_gates(name: str) -> None:
     torch.testing.assert_close(fused(x), stock(x), **ROUNDING)
 
 
+def cell_of(lstm: rnn_fused.LSTM) -> nn.LSTMCell:
+    """torch.nn's, with the weights of a layer that `pair` made."""
+    cell = nn.LSTMCell(3, 5).double()
+    cell.load_state_dict({name[: -len("_l0")]: w for name, w in lstm.state_dict().items()})
+    return cell
+
+
 def lstm_by_hand(
     cell: nn.LSTMCell, x: Tensor, on_state: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
@@ -268,8 +275,7 @@ def lstm_by_hand(
 
 def test_grad_clip_value_clips_between_the_steps() -> None:
     fused, _ = pair("LSTM", {}, grad_clip_value=0.01)
-    cell = nn.LSTMCell(3, 5).double()
-    cell.load_state_dict({name[: -len("_l0")]: w for name, w in fused.state_dict().items()})
+    cell = cell_of(fused)
 
     def clipped(h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         states = h + 0, c + 0  # nodes of their own: only what passes here is clipped
@@ -362,8 +368,7 @@ def test_all_states(name: str, form: str, bidirectional: bool) -> None:
 
 def test_gradients_reach_every_c() -> None:
     fused, _ = pair("LSTM", {})
-    cell = nn.LSTMCell(3, 5).double()
-    cell.load_state_dict({name[: -len("_l0")]: w for name, w in fused.state_dict().items()})
+    cell = cell_of(fused)
     x = torch.randn(6, 4, 3, dtype=torch.float64, requires_grad=True)
     _, _, ((h, c),) = fused(x, return_all_states=True)
     expected = lstm_by_hand(cell, x, lambda h, c: (h, c))
