@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from steps import training_step
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -37,13 +38,10 @@ def test_training_with_lengths(
 
     torch.testing.assert_close(layer(x, lengths=lengths)[0], through_packing(stock))
 
-    def training(output: Callable[[], Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            output().backward(grad)
-            for tensor in (x, *layer.parameters(), *stock.parameters()):
-                tensor.grad = None
+    leaves = x, *layer.parameters(), *stock.parameters()
 
-        return run
+    def training(output: Callable[[], Tensor]) -> Callable[[], None]:
+        return training_step(output, grad, leaves)
 
     fused = training(lambda: layer(x, lengths=lengths)[0])
     workloads = {

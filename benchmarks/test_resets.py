@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from steps import training_step
 from torch import Tensor, nn
 
 import rnn_fused
@@ -39,13 +40,10 @@ def test_training_with_resets(
     x, grad, resets = torch.randn(T, B, I), torch.randn(T, B, H), torch.rand(T, B) < p
     torch.testing.assert_close(layer(x, resets=resets)[0], loop_over_cell(cell, x, resets))
 
-    def training(output: Callable[[], Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            output().backward(grad)
-            for parameter in (*layer.parameters(), *cell.parameters()):
-                parameter.grad = None
+    leaves = *layer.parameters(), *cell.parameters()
 
-        return run
+    def training(output: Callable[[], Tensor]) -> Callable[[], None]:
+        return training_step(output, grad, leaves)
 
     fused = training(lambda: layer(x, resets=resets)[0])
     workloads = {
