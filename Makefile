@@ -76,15 +76,16 @@ emulate-plain emulate-asan emulate-tsan:
 	ctest --test-dir build/$@ --output-on-failure --no-tests=error --parallel $(MAX_TESTS)
 
 EMULATED_OPS = build/emulate-plain/tests/emulation/libemulated_ops.so
-# Of the later files not what takes many calls: the kernels are those of the earlier ones.
+# Of the last files not what takes many calls: the kernels are those of the others.
+emulate-ops: EMULATED_PYTEST = $(BIN)/python -m pytest --emulated-cuda $(EMULATED_OPS) \
+    --numprocesses $(MAX_JOBS) $(PYTEST_ARGS)
 emulate-ops: build emulate-plain
 	cmake -S . -B build/emulate-plain -DRNN_FUSED_TESTS=OFF -DRNN_FUSED_EMULATION=ON \
 	    -DRNN_FUSED_TORCH=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")
 	cmake --build build/emulate-plain --target emulated_ops --parallel $(MAX_JOBS)
-	$(BIN)/python -m pytest --emulated-cuda $(EMULATED_OPS) $(PYTEST_ARGS) \
-	    tests/test_emulated_families.py tests/test_ops.py tests/test_resets.py
-	$(BIN)/python -m pytest --emulated-cuda $(EMULATED_OPS) $(PYTEST_ARGS) \
-	    -k "not gradcheck and not any_" tests/test_lengths.py tests/test_options.py
+	$(EMULATED_PYTEST) tests/test_emulated_families.py tests/test_ops.py tests/test_resets.py \
+	    tests/test_windows.py
+	$(EMULATED_PYTEST) -k "not gradcheck and not any_" tests/test_lengths.py tests/test_options.py
 
 # The check of the PTX wrappers; to be run on a GPU.
 build/gpu_primitives: tests/gpu/primitives.cu $(wildcard csrc/cuda/*.*h tests/emulation/*.*h)

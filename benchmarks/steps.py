@@ -1,8 +1,10 @@
-"""A step of training as something to time."""
+"""A step of training as something to time, and how many times as long as another it takes."""
 
 from collections.abc import Callable, Iterable
 
 from torch import Tensor
+
+from rnn_fused.bench.timer import Settings, interleave
 
 
 def training_step(
@@ -19,3 +21,10 @@ def training_step(
             leaf.grad = None
 
     return run
+
+
+def ratio(a: Callable[[], object], b: Callable[[], object], settings: Settings) -> float:
+    """The time of `a` over that of `b`, in turns of these two alone: in turns of three, the one
+    behind a slow loop would pay for the caches that the loop left cold."""
+    times = interleave({"a": a, "b": b}, settings)
+    return round(times["b"].speedup_over(times["a"]), 3)

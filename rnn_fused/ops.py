@@ -39,7 +39,7 @@ def layer(
     and keep c in float32, and round h after each step. `batch_sizes` on a CUDA device are neither
     waited for nor checked; on the CPU a layer computes less.
 
-    recompute: keep nothing of the gates for the backward pass, which rebuilds them in one product.
+    recompute: keep nothing of the gates for the backward pass, which rebuilds them.
 
     Derivatives of every order and kind pass through it: backward, `torch.func`, forward mode. With
     grad_clip_value those that run backwards are clipped, and no derivatives in the strict sense.

@@ -207,12 +207,14 @@ def torch_layer(
     return LayerOutputs(output if batch_sizes is None else output.data, h_n, c_n, None)
 
 
-def values_and_gradients(case: Problem, layer: Layer) -> dict[str, Tensor]:
+def values_and_gradients(
+    case: Problem, layer: Layer, retain_graph: bool = False
+) -> dict[str, Tensor]:
     """Outputs, and what each of them sends back to the tensors when weighted at random."""
     outputs = case.run(layer)
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
-    gradients = torch.autograd.grad(outputs, case.tensors, grads)
+    gradients = torch.autograd.grad(outputs, case.tensors, grads, retain_graph=retain_graph)
     names = [f"output {k}" for k in range(len(outputs))]
     names += [f"gradient {k}" for k in range(len(gradients))]
     return dict(zip(names, (*outputs, *gradients), strict=True))

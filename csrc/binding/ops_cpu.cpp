@@ -57,84 +57,84 @@ Rows rows_of(const void* first, int64_t rows, int64_t bytes) {
   return pointers;
 }
 
-// h before each row's step, what W_hh was multiplied with.
-Rows previous_h(const Layer& layer, const Tensor& output, int d) {
-  const LayerShape& s = layer.shape;
-  const int64_t bytes = s.P * output.element_size();
-  const char* initial = static_cast<const char*>(layer.hx.const_data_ptr()) + d * s.B * bytes;
-  const char* outputs = static_cast<const char*>(output.const_data_ptr()) + d * bytes;
-  const char* reset = static_cast<const char*>(layer.direction(d).reset_h);
-  Rows pointers(layer.rows);
-  for (int64_t t = 0; t < s.T; ++t) {
-    const int64_t before = d == 0 ? t - 1 : t + 1;
-    const int64_t known = before < 0 || before >= s.T ? 0 : std::min(s.active(t), s.active(before));
-    for (int64_t b = 0; b < s.active(t); ++b)
-      pointers[s.row(t) + b] = s.enters_reset(d, t, b) ? reset + b * bytes
-                               : b < known ? outputs + (s.row(before) + b) * layer.D() * bytes
-                                           : initial + b * bytes;
+// h before the step of each row of a window, what W_hh was multiplied with.
+Rows previous_h(const Layer& layer, const Window& window, int d) {
+  const BackwardDirection& dir = window.direction[d];
+  const int64_t bytes = window.P * layer.input.element_size();
+  const char* const initial = static_cast<const char*>(dir.h0);
+  const char* const output = static_cast<const char*>(dir.output);
+  const char* const reset = static_cast<const char*>(dir.reset_h);
+  const auto [begin, end] = window.timesteps(d);
+  Rows pointers;
+  pointers.reserve(window.count(d));
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t before = d == 0 ? t - 1 : t + 1, active = window.active(t);
+    const int64_t known =
+        before < 0 || before >= window.T ? 0 : std::min(active, window.active(before));
+    for (int64_t b = 0; b < active; ++b)
+      pointers.push_back(window.enters_reset(d, t, b) ? reset + b * bytes
+                         : b < known ? output + (window.row(before) + b) * layer.D() * bytes
+                                     : initial + b * bytes);
   }
   return pointers;
 }
 
-void rebuild_gates(const Layer& layer, const BackwardPass& pass) {
-  const LayerShape& s = layer.shape;
-  for (int d = 0; d < s.directions; ++d) {
-    const Rows h = previous_h(layer, pass.output, d);
-    const DirectionWeights w = layer.direction(d);
+const void* input_of(const Layer& layer, const Window& window, int d) {
+  return at(layer.input, window.rows[d].begin * layer.I);
+}
+
+void rebuild_gates(const Layer& layer, const Window& window) {
+  for (int d = 0; d < window.directions; ++d) {
+    const BackwardDirection& dir = window.direction[d];
+    const Rows h = previous_h(layer, window, d);
+    if (h.empty()) continue;
     cpu_gates(selected_isa(),
-              {s.cell, s.dtype, s.options, layer.rows, layer.I, s.H, s.P,
-               layer.input.const_data_ptr(), h.data(), layer.weight_ih[d].const_data_ptr(),
-               w.weight_hh, w.bias_ih, w.bias_hh, at(pass.gates, d * layer.N * layer.S() * s.H)},
+              {window.cell, window.dtype, window.options, window.count(d), layer.I, window.H,
+               window.P, input_of(layer, window, d), h.data(), layer.weight_ih[d].const_data_ptr(),
+               dir.weight_hh, dir.bias_ih, dir.bias_hh, dir.grad_gates},
               torch_threads());
   }
 }
 
-// right[i].out = left[:, :rows].T @ right[i], with left `offset` elements into `grads`; where asked
-// for, also the sums of left's rows.
-void outer_product(const Layer& layer, const Tensor& grads, int64_t offset, int64_t stride,
-                   int64_t rows, std::array<OuterProductParams::Right, 2> right,
-                   std::array<void*, 2> sums = {}) {
-  if (!by_library(layer, rows, right[0].columns + right[1].columns)) {
-    cpu_outer_product(selected_isa(),
-                      {layer.shape.dtype,
-                       layer.rows,
-                       rows,
-                       at(grads, offset),
-                       stride,
-                       {right[0], right[1]},
-                       {sums[0], sums[1]}},
-                      torch_threads());
-    return;
-  }
-  for (const auto& [row, columns, out] : right) {
-    if (columns == 0) continue;
-    const int64_t bytes = columns * grads.element_size();
-    Tensor gathered = allocate(layer.input, {layer.rows, columns});
-    for (int64_t n = 0; n < layer.rows; ++n) std::memcpy(at(gathered, n * columns), row[n], bytes);
-    Tensor result = allocate(layer.input, {rows, columns});
-    matmul(matrix(grads, rows, layer.rows, 1, stride, offset), gathered, result);
-    std::memcpy(out, at(result, 0), rows * bytes);
-  }
-  if (!sums[0]) return;
-  Tensor total = allocate(layer.input, {rows});
-  const int64_t dim = 0;
-  torch::stable::sum_out(total, matrix(grads, layer.rows, rows, stride, 1, offset), {{&dim, 1}});
-  for (void* out : sums)
-    if (out) std::memcpy(out, at(total, 0), rows * grads.element_size());
+// The library sums in the type of the layer, so that it makes no sums of windows.
+bool outer_product_by_library(const Layer& layer, const OuterProductParams& p) {
+  return !p.accumulate && by_library(layer, p.rows, p.right[0].columns + p.right[1].columns);
 }
 
-WeightGradients weight_gradients(const Layer& layer, const BackwardPass& pass) {
-  const LayerShape& s = layer.shape;
-  const int64_t N = layer.N, I = layer.I, H = s.H, P = s.P, GH = layer.G() * H, SH = layer.S() * H;
-  const int64_t size = layer.input.element_size();
-  WeightGradients grads(layer);
-  if (layer.rows == 0) {
-    for (const Tensor& t : grads.all()) std::memset(at(t, 0), 0, t.numel() * t.element_size());
-    return grads;
+// cpu_outer_product; left stands in `grads`, at element `offset`.
+void outer_product(const Layer& layer, const OuterProductParams& p, const Tensor& grads,
+                   int64_t offset) {
+  if (!outer_product_by_library(layer, p)) {
+    cpu_outer_product(selected_isa(), p, torch_threads());
+    return;
   }
-  const Rows x = rows_of(layer.input.const_data_ptr(), layer.rows, I * size);
-  for (int d = 0; d < s.directions; ++d) {
-    const Rows h = previous_h(layer, pass.output, d);
+  for (const auto& [row, columns, out] : p.right) {
+    if (columns == 0) continue;
+    const int64_t bytes = columns * grads.element_size();
+    Tensor gathered = allocate(layer.input, {p.N, columns});
+    for (int64_t n = 0; n < p.N; ++n) std::memcpy(at(gathered, n * columns), row[n], bytes);
+    Tensor result = allocate(layer.input, {p.rows, columns});
+    matmul(matrix(grads, p.rows, p.N, 1, p.left_stride, offset), gathered, result);
+    std::memcpy(out, at(result, 0), p.rows * bytes);
+  }
+  if (!p.sums[0]) return;
+  Tensor total = allocate(layer.input, {p.rows});
+  const int64_t dim = 0;
+  torch::stable::sum_out(total, matrix(grads, p.N, p.rows, p.left_stride, 1, offset), {{&dim, 1}});
+  for (void* out : p.sums)
+    if (out) std::memcpy(out, at(total, 0), p.rows * grads.element_size());
+}
+
+// Those of a window: the results, or, of several windows, added to them.
+void weight_gradients(const Layer& layer, const BackwardPass& pass, const Window& window,
+                      const Gradients& grads) {
+  const int64_t I = layer.I, H = window.H, P = window.P, GH = layer.G() * H, SH = layer.S() * H;
+  const int64_t size = layer.input.element_size();
+  for (int d = 0; d < window.directions; ++d) {
+    const int64_t N = window.count(d);
+    if (N == 0) continue;
+    const Rows x = rows_of(input_of(layer, window, d), N, I * size);
+    const Rows h = previous_h(layer, window, d);
     // From one row of the weights on.
     const auto ih = [&](int64_t row) -> OuterProductParams::Right {
       return {x.data(), I, at(grads.ih[d], row * I)};
@@ -145,42 +145,60 @@ WeightGradients weight_gradients(const Layer& layer, const BackwardPass& pass) {
     const auto sums = [&](const Tensors& list, int64_t row) {
       return list.empty() ? nullptr : at(list[d], row);
     };
-    const int64_t origin = d * N * SH;
+    // left: so many columns of matrix [M, stride], from `column` on.
+    const auto product = [&](const Tensor& matrix, int64_t stride, int64_t column, int64_t columns,
+                             std::array<OuterProductParams::Right, 2> right,
+                             std::array<void*, 2> sums) {
+      const int64_t offset = pass.origin(d, stride) + column;
+      outer_product(layer,
+                    {window.dtype,
+                     N,
+                     columns,
+                     at(matrix, offset),
+                     stride,
+                     {right[0], right[1]},
+                     {sums[0], sums[1]},
+                     pass.several()},
+                    matrix, offset);
+    };
     // n and hn of the GRU: one belongs to W_ih, the other to W_hh.
-    const int64_t joint = s.cell == Cell::gru ? 2 * H : GH;
-    outer_product(layer, pass.grad_gates, origin, SH, joint, {ih(0), hh(0)},
-                  {sums(grads.bias_ih, 0), sums(grads.bias_hh, 0)});
+    const int64_t joint = window.cell == Cell::gru ? 2 * H : GH;
+    product(pass.grad_gates, SH, 0, joint, {ih(0), hh(0)},
+            {sums(grads.bias_ih, 0), sums(grads.bias_hh, 0)});
     if (joint < GH) {
-      outer_product(layer, pass.grad_gates, origin + joint, SH, H, {ih(joint)},
-                    {sums(grads.bias_ih, joint)});
-      outer_product(layer, pass.grad_gates, origin + joint + H, SH, H, {hh(joint)},
-                    {sums(grads.bias_hh, joint)});
+      product(pass.grad_gates, SH, joint, H, {ih(joint)}, {sums(grads.bias_ih, joint)});
+      product(pass.grad_gates, SH, joint + H, H, {hh(joint)}, {sums(grads.bias_hh, joint)});
     }
-    if (s.projected()) {
-      const Rows rows = rows_of(at(pass.hidden, d * N * H), layer.rows, H * size);
-      outer_product(layer, pass.grad_projected, d * N * P, P, P,
-                    {{{rows.data(), H, at(grads.hr[d], 0)}}});
+    if (window.projected()) {
+      const Rows hidden = rows_of(window.direction[d].hidden, N, H * size);
+      product(pass.grad_projected, P, 0, P, {{{hidden.data(), H, at(grads.hr[d], 0)}}}, {});
     }
   }
-  return grads;
 }
 
-void input_gradient(const Layer& layer, const Tensor& grad_gates, const Tensor& grad_input) {
-  const int64_t N = layer.N, GH = layer.G() * layer.shape.H, SH = layer.S() * layer.shape.H;
-  if (by_library(layer, GH, layer.I)) {
-    for (int d = 0; d < layer.shape.directions; ++d)
-      matmul(matrix(grad_gates, layer.rows, GH, SH, 1, d * N * SH), layer.weight_ih[d],
-             matrix(grad_input, layer.rows, layer.I, layer.I), d > 0);
-    return;
+void input_gradient(const Layer& layer, const BackwardPass& pass, const Window& window,
+                    const Tensor& grad_input) {
+  const int64_t I = layer.I, GH = layer.G() * window.H, SH = layer.S() * window.H;
+  // Directions that come to the same rows in the same window are one product.
+  const int together = pass.several() ? 1 : window.directions;
+  const bool accumulate = together < window.directions;
+  for (int d = 0; d < window.directions; d += together) {
+    const int64_t N = window.count(d), origin = window.rows[d].begin * I;
+    if (N == 0) continue;
+    if (by_library(layer, GH, I)) {
+      for (int i = d; i < d + together; ++i)
+        matmul(matrix(pass.grad_gates, N, GH, SH, 1, pass.origin(i, SH)), layer.weight_ih[i],
+               matrix(grad_input, N, I, I, 1, origin), accumulate || i > 0);
+      continue;
+    }
+    InputGradientParams params{window.dtype,           together,  N, GH, I, SH, {}, {},
+                               at(grad_input, origin), accumulate};
+    for (int i = 0; i < together; ++i) {
+      params.grad_gates[i] = window.direction[d + i].grad_gates;
+      params.weight_ih[i] = layer.weight_ih[d + i].const_data_ptr();
+    }
+    cpu_input_gradient(selected_isa(), params, torch_threads());
   }
-  InputGradientParams params{
-      layer.shape.dtype, layer.shape.directions, layer.rows, GH, layer.I, SH, {}, {},
-      at(grad_input, 0)};
-  for (int d = 0; d < layer.shape.directions; ++d) {
-    params.grad_gates[d] = at(grad_gates, d * N * SH);
-    params.weight_ih[d] = layer.weight_ih[d].const_data_ptr();
-  }
-  cpu_input_gradient(selected_isa(), params, torch_threads());
 }
 
 // kOverwriteGates: of the saved gates nothing is left but their memory.
@@ -198,15 +216,17 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
   const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
                     weight_hr, batch_sizes, resets, cell, gate_slope, cell_clip, grad_clip);
   const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, grad_cells, output, gates, cells,
-                          kOverwriteGates);
-  if (pass.rebuild_gates) rebuild_gates(layer, pass);
-  if (layer.shape.B > 0) cpu_backward(selected_isa(), pass.params, torch_threads());
-
-  Tensor grad_input = layer.allocate_if(need_input, layer.rows_shape(layer.I));
-  if (need_input && layer.rows > 0) input_gradient(layer, pass.grad_gates, grad_input);
-  if (need_input && layer.has_tail()) zero_known_tail(layer, grad_input, 1, layer.I);
-  return pass.results(layer, grad_input, need_state, reset_hx.has_value(),
-                      need_weights ? weight_gradients(layer, pass).all() : Tensors());
+                          kOverwriteGates, true);
+  const Gradients grads(layer, need_input, need_weights, pass.several());
+  for (int64_t k = 0; k < pass.windows(); ++k) {
+    const Window window = pass.window(k);
+    if (pass.rebuild_gates) rebuild_gates(layer, window);
+    if (layer.shape.B > 0) cpu_backward(selected_isa(), window, torch_threads());
+    if (need_input) input_gradient(layer, pass, window, grads.input);
+    if (need_weights) weight_gradients(layer, pass, window, grads);
+  }
+  if (need_input && layer.has_tail()) zero_known_tail(layer, grads.input, 1, layer.I);
+  return pass.results(grads, need_state, reset_hx.has_value());
 }
 
 }  // namespace

@@ -87,23 +87,27 @@ CudaPlan choose(const Layer& layer, const std::string& kernels, Precision precis
   return plan;
 }
 
-// A loop's params with batch_sizes and row_start in device memory.
-template <class Params>
-class DeviceParams {
+// batch_sizes and row_start in device memory.
+class DeviceRows {
  public:
-  DeviceParams(const Layer& layer, const Params& params, cudaStream_t stream) : params(params) {
+  DeviceRows(const Layer& layer, cudaStream_t stream) : T_(layer.shape.T) {
     if (!layer.ragged() || layer.shape.sizes_on_device) return;
-    const int64_t T = layer.shape.T;
-    rows_ = allocate(layer.input, {2, T}, ScalarType::Long);
+    rows_ = allocate(layer.input, {2, T_}, ScalarType::Long);
     int64_t* rows = rows_->mutable_data_ptr<int64_t>();
-    upload(layer.shape.batch_sizes, T, rows, stream);
-    upload(layer.shape.row_start, T, rows + T, stream);
-    this->params.batch_sizes = rows;
-    this->params.row_start = rows + T;
+    upload(layer.shape.batch_sizes, T_, rows, stream);
+    upload(layer.shape.row_start, T_, rows + T_, stream);
   }
-  Params params;
+
+  template <class Params>
+  Params with(Params params) const {
+    if (!rows_) return params;
+    params.batch_sizes = rows_->const_data_ptr<int64_t>();
+    params.row_start = params.batch_sizes + T_;
+    return params;
+  }
 
  private:
+  int64_t T_;
   OptionalTensor rows_;
 };
 
@@ -119,9 +123,9 @@ void zero_tail(const Layer& layer, const Tensor& t, int64_t matrices, int64_t co
 void run_forward(const Layer& layer, const CudaPlan& plan, Precision precision,
                  const ForwardParams& params, cudaStream_t stream) {
   if (plan.family == Family::persistent) {
-    const DeviceParams<ForwardParams> device(layer, params, stream);
+    const DeviceRows rows(layer, stream);
     const Tensor barrier = workspace(layer, kBarrierWords * sizeof(uint32_t));
-    persistent_forward(plan, precision, device.params,
+    persistent_forward(plan, precision, rows.with(params),
                        static_cast<uint32_t*>(barrier.mutable_data_ptr()), stream);
   } else {
     const Tensor scratch = workspace(layer, stepwise_forward_workspace(layer.shape));
@@ -130,19 +134,40 @@ void run_forward(const Layer& layer, const CudaPlan& plan, Precision precision,
   }
 }
 
-void run_backward(const Layer& layer, const CudaPlan& plan, Precision precision,
-                  const BackwardParams& params, cudaStream_t stream) {
-  if (plan.family == Family::persistent) {
-    const DeviceParams<BackwardParams> device(layer, params, stream);
-    const Tensor barrier = workspace(layer, kBarrierWords * sizeof(uint32_t));
-    persistent_backward(plan, precision, device.params,
-                        static_cast<uint32_t*>(barrier.mutable_data_ptr()), stream);
-  } else {
-    const Tensor scratch = workspace(layer, stepwise_backward_workspace(layer.shape));
-    TorchProduct torch{layer.input};
-    stepwise_backward(params, scratch.mutable_data_ptr(), torch.product(), stream);
+// The backward loop, a window a call.
+class BackwardLoop {
+ public:
+  BackwardLoop(const Layer& layer, const CudaPlan& plan, Precision precision, cudaStream_t stream)
+      : layer_(layer),
+        plan_(plan),
+        precision_(precision),
+        stream_(stream),
+        workspace_(workspace(layer, persistent() ? kBarrierWords * sizeof(uint32_t)
+                                                 : stepwise_backward_workspace(layer.shape))) {
+    if (persistent()) rows_.emplace(layer, stream);
   }
-}
+
+  void run(const BackwardParams& window) const {
+    void* const memory = workspace_.mutable_data_ptr();
+    if (persistent()) {
+      persistent_backward(plan_, precision_, rows_->with(window), static_cast<uint32_t*>(memory),
+                          stream_);
+    } else {
+      TorchProduct torch{layer_.input};
+      stepwise_backward(window, memory, torch.product(), stream_);
+    }
+  }
+
+ private:
+  bool persistent() const { return plan_.family == Family::persistent; }
+
+  const Layer& layer_;
+  const CudaPlan& plan_;
+  const Precision precision_;
+  const cudaStream_t stream_;
+  const Tensor workspace_;
+  std::optional<DeviceRows> rows_;
+};
 
 ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, OptionalTensor reset_hx,
                              OptionalTensor reset_cx, Tensors weight_ih, Tensors weight_hh,
@@ -170,80 +195,98 @@ ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, Optiona
   return pass.results();
 }
 
+// h before the step of each row of the window, [M, P].
+Tensor previous_h(const Layer& layer, const Window& window, int d, cudaStream_t stream) {
+  const Tensor h = allocate(layer.input, {window.count(d), window.P});
+  if (window.sizes_on_device) zero_tail(layer, h, 1, window.P, stream);
+  gather_previous_h(window, d, h.mutable_data_ptr(), stream);
+  return h;
+}
+
 // Some rows at a time, since the sums are as large as the gates.
-void rebuild_gates(const Layer& layer, const BackwardPass& pass, cudaStream_t stream) {
+void rebuild_gates(const Layer& layer, const BackwardPass& pass, const Window& window,
+                   cudaStream_t stream) {
   constexpr int64_t kSums = 1 << 22;  // values
-  const LayerShape& s = layer.shape;
-  const int64_t N = layer.rows, P = s.P, GH = layer.G() * s.H, SH = layer.S() * s.H;
-  const int64_t chunk = std::clamp<int64_t>(kSums / GH, 1, N);
-  const Tensor h = allocate(layer.input, {N, P});
-  const Tensor sums = allocate(layer.input, {chunk, GH}, layer.cell_dtype());
-  for (int d = 0; d < s.directions; ++d) {
-    const int64_t origin = d * layer.N * SH;
-    multiply_input(layer, d, pass.gates, SH, origin);
-    gather_previous_h(pass.params, d, h.mutable_data_ptr(), stream);
+  const int64_t P = window.P, GH = layer.G() * window.H, SH = layer.S() * window.H;
+  for (int d = 0; d < window.directions; ++d) {
+    const int64_t N = window.count(d), origin = pass.origin(d, SH);
+    if (N == 0) continue;
+    const int64_t chunk = std::clamp<int64_t>(kSums / GH, 1, N);
+    const Tensor sums = allocate(layer.input, {chunk, GH}, layer.cell_dtype());
+    multiply_input(layer, d, window.rows[d], pass.grad_gates, SH, origin);
+    const Tensor h = previous_h(layer, window, d, stream);
     const Tensor weights = matrix(layer.weight_hh[d], P, GH, 1, P);
     for (int64_t n = 0; n < N; n += chunk) {
       const int64_t rows = std::min(chunk, N - n);
       matmul_accumulated(matrix(h, rows, P, P, 1, n * P), weights, matrix(sums, rows, GH, GH));
-      activate_gates(s, layer.direction(d), rows, sums.const_data_ptr(),
-                     at(pass.gates, origin + n * SH), stream);
+      activate_gates(window, window.direction[d], rows, sums.const_data_ptr(),
+                     at(pass.grad_gates, origin + n * SH), stream);
     }
   }
 }
 
 // Everything behind the loop is large products of torch's.
-void input_gradient(const Layer& layer, const Tensor& grad_gates, const Tensor& grad_input) {
-  const int64_t N = layer.rows, GH = layer.G() * layer.shape.H, SH = layer.S() * layer.shape.H;
-  for (int d = 0; d < layer.shape.directions; ++d)
-    matmul(matrix(grad_gates, N, GH, SH, 1, d * layer.N * SH), layer.weight_ih[d],
-           matrix(grad_input, N, layer.I, layer.I), d > 0);
+void input_gradient(const Layer& layer, const BackwardPass& pass, const Window& window,
+                    const Tensor& grad_input) {
+  const int64_t I = layer.I, GH = layer.G() * window.H, SH = layer.S() * window.H;
+  for (int d = 0; d < window.directions; ++d) {
+    const int64_t N = window.count(d);
+    if (N == 0) continue;
+    const bool accumulate = d > 0 || (pass.several() && window.directions == 2);
+    matmul(matrix(pass.grad_gates, N, GH, SH, 1, pass.origin(d, SH)), layer.weight_ih[d],
+           matrix(grad_input, N, I, I, 1, window.rows[d].begin * I), accumulate);
+  }
 }
 
-WeightGradients weight_gradients(const Layer& layer, const BackwardPass& pass,
-                                 cudaStream_t stream) {
-  const LayerShape& s = layer.shape;
-  const int64_t N = layer.rows, I = layer.I, H = s.H, P = s.P, GH = layer.G() * H;
-  const int64_t SH = layer.S() * H;
-  WeightGradients grads(layer);
-  if (N == 0) {
-    for (Tensor& t : grads.all()) torch::stable::zero_(t);
-    return grads;
-  }
-  const Tensor x = matrix(layer.input, N, I, I);
-  const Tensor h = allocate(layer.input, {N, P});  // before each row's step
-  if (s.sizes_on_device) zero_tail(layer, h, 1, P, stream);
-  for (int d = 0; d < s.directions; ++d) {
-    gather_previous_h(pass.params, d, h.mutable_data_ptr(), stream);
-    const int64_t origin = d * layer.N * SH;
-    // `count` gates from `first` on, times right, are the rows from `row` on of a gradient.
-    const auto product = [&](int64_t first, int64_t count, const Tensor& right, int64_t columns,
-                             const Tensor& grad, int64_t row) {
-      matmul(matrix(pass.grad_gates, count, N, 1, SH, origin + first), right,
-             matrix(grad, count, columns, columns, 1, row * columns));
+// Those of a window: the results, or, of several windows, added to them.
+void weight_gradients(const Layer& layer, const BackwardPass& pass, const Window& window,
+                      const Gradients& grads, cudaStream_t stream) {
+  const int64_t I = layer.I, H = window.H, P = window.P, GH = layer.G() * H, SH = layer.S() * H;
+  // Calls make(out) for `count` elements of a gradient from `first` on.
+  const auto put = [&](const Tensor& grad, int64_t first, int64_t count, const auto& make) {
+    if (!pass.several()) return make(grad, first);
+    const Tensor more = allocate(layer.input, {count}, layer.cell_dtype());
+    make(more, 0);
+    add_to_sums(window.dtype, count, more.const_data_ptr(), at(grad, first), stream);
+  };
+  const auto product = [&](const Tensor& left, const Tensor& right, const Tensor& grad,
+                           int64_t row) {
+    const int64_t rows = left.size(0), columns = right.size(1);
+    put(grad, row * columns, rows * columns, [&](const Tensor& out, int64_t first) {
+      matmul_accumulated(left, right, matrix(out, rows, columns, columns, 1, first));
+    });
+  };
+  for (int d = 0; d < window.directions; ++d) {
+    const int64_t N = window.count(d);
+    if (N == 0) continue;
+    const Tensor x = matrix(layer.input, N, I, I, 1, window.rows[d].begin * I);
+    const Tensor h = previous_h(layer, window, d, stream);
+    // `count` gates from `first` on, as [count, N].
+    const auto gates = [&](int64_t first, int64_t count) {
+      return matrix(pass.grad_gates, count, N, 1, SH, pass.origin(d, SH) + first);
     };
     const auto sum = [&](int64_t first, int64_t count, const Tensors& grad, int64_t row) {
       if (grad.empty()) return;
-      const int64_t dim = 0;
-      Tensor total = vector(grad[d], count, row);
-      torch::stable::sum_out(total, matrix(pass.grad_gates, N, count, SH, 1, origin + first),
-                             {{&dim, 1}});
+      put(grad[d], row, count, [&](const Tensor& out, int64_t begin) {
+        const int64_t dim = 1;
+        Tensor total = vector(out, count, begin);
+        torch::stable::sum_out(total, gates(first, count), {{&dim, 1}});
+      });
     };
-    product(0, GH, x, I, grads.ih[d], 0);
+    product(gates(0, GH), x, grads.ih[d], 0);
     sum(0, GH, grads.bias_ih, 0);
     // hn of the GRU stands behind n.
-    const int64_t joint = s.cell == Cell::gru ? 2 * H : GH;
-    product(0, joint, h, P, grads.hh[d], 0);
+    const int64_t joint = window.cell == Cell::gru ? 2 * H : GH;
+    product(gates(0, joint), h, grads.hh[d], 0);
     sum(0, joint, grads.bias_hh, 0);
     if (joint < GH) {
-      product(3 * H, H, h, P, grads.hh[d], joint);
+      product(gates(3 * H, H), h, grads.hh[d], joint);
       sum(3 * H, H, grads.bias_hh, joint);
     }
-    if (s.projected())
-      matmul(matrix(pass.grad_projected, P, N, 1, P, d * layer.N * P),
-             matrix(pass.hidden, N, H, H, 1, d * layer.N * H), grads.hr[d]);
+    if (window.projected())
+      product(matrix(pass.grad_projected, P, N, 1, P, pass.origin(d, P)),
+              matrix(pass.hidden, N, H, H, 1, pass.origin(d, H)), grads.hr[d], 0);
   }
-  return grads;
 }
 
 // kOverwriteGates: of the saved gates nothing is left but their memory.
@@ -263,24 +306,28 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
   const OnDevice device(layer.input);
   const Precision precision = allow_tf32 ? Precision::tf32 : Precision::exact;
   const CudaPlan plan = choose(layer, kernels, precision, true);
+  // Each window is a launch more, which is not known to pay where the gates are there.
   const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, grad_cells, output, gates, cells,
-                          kOverwriteGates);
-  if (pass.rebuild_gates) rebuild_gates(layer, pass, device.stream);
-  if (layer.shape.B > 0) run_backward(layer, plan, precision, pass.params, device.stream);
-  if (layer.shape.sizes_on_device) {  // the large products cover the tail
-    const int64_t D = layer.D(), H = layer.shape.H;
-    zero_tail(layer, pass.grad_gates, D, layer.S() * H, device.stream);
-    if (layer.shape.projected()) {
-      zero_tail(layer, pass.grad_projected, D, layer.shape.P, device.stream);
-      zero_tail(layer, pass.hidden, D, H, device.stream);
+                          kOverwriteGates, false);
+  const Gradients grads(layer, need_input, need_weights, pass.several());
+  const BackwardLoop loop(layer, plan, precision, device.stream);
+  for (int64_t k = 0; k < pass.windows(); ++k) {
+    const Window window = pass.window(k);
+    if (pass.rebuild_gates) rebuild_gates(layer, pass, window, device.stream);
+    if (layer.shape.B > 0) loop.run(window);
+    if (layer.shape.sizes_on_device) {  // the large products cover the tail
+      const int64_t D = layer.D(), H = layer.shape.H;
+      zero_tail(layer, pass.grad_gates, D, layer.S() * H, device.stream);
+      if (layer.shape.projected()) {
+        zero_tail(layer, pass.grad_projected, D, layer.shape.P, device.stream);
+        zero_tail(layer, pass.hidden, D, H, device.stream);
+      }
     }
+    if (need_input) input_gradient(layer, pass, window, grads.input);
+    if (need_weights) weight_gradients(layer, pass, window, grads, device.stream);
   }
-  Tensor grad_input = layer.allocate_if(need_input, layer.rows_shape(layer.I));
-  if (need_input && layer.rows > 0) input_gradient(layer, pass.grad_gates, grad_input);
-  if (need_input && layer.rows < layer.N) zero_known_tail(layer, grad_input, 1, layer.I);
-  return pass.results(
-      layer, grad_input, need_state, reset_hx.has_value(),
-      need_weights ? weight_gradients(layer, pass, device.stream).all() : Tensors());
+  if (need_input && layer.rows < layer.N) zero_known_tail(layer, grads.input, 1, layer.I);
+  return pass.results(grads, need_state, reset_hx.has_value());
 }
 
 #ifndef RNN_FUSED_EMULATION

@@ -13,12 +13,13 @@ inline const void* at(const OptionalTensor& t, int64_t offset) {
   return t ? static_cast<const char*>(t->const_data_ptr()) + offset * t->element_size() : nullptr;
 }
 
-// W_ih x of direction d by torch's library, into rows `stride` apart from element `origin` on.
-inline void multiply_input(const Layer& layer, int d, const Tensor& out, int64_t stride,
+// W_ih x of direction d and some rows by torch's library, into rows `stride` apart from element
+// `origin` on.
+inline void multiply_input(const Layer& layer, int d, Range rows, const Tensor& out, int64_t stride,
                            int64_t origin) {
-  const int64_t N = layer.rows, I = layer.I, GH = layer.G() * layer.shape.H;
+  const int64_t N = rows.end - rows.begin, I = layer.I, GH = layer.G() * layer.shape.H;
   if (N == 0) return;
-  matmul(matrix(layer.input, N, I, I), matrix(layer.weight_ih[d], I, GH, 1, I),
+  matmul(matrix(layer.input, N, I, I, 1, rows.begin * I), matrix(layer.weight_ih[d], I, GH, 1, I),
          matrix(out, N, GH, stride, 1, origin));
 }
 
@@ -66,7 +67,8 @@ struct ForwardPass {
 
   void multiply_input() const {
     for (int d = 0; d < layer_.shape.directions; ++d)
-      rnn_fused::multiply_input(layer_, d, place(), params.gates_stride, origin(d));
+      rnn_fused::multiply_input(layer_, d, {0, layer_.rows}, place(), params.gates_stride,
+                                origin(d));
   }
 
   // Of a sequence without timesteps, no loop on a device writes the final states.
@@ -101,29 +103,95 @@ struct ForwardPass {
 
 using BackwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors>;
 
+// Steps of a window, where the gradients of the gates have memory of their own: a sixteenth of all
+// bounds that memory, and fewer than so many rows do not repay what a window costs.
+inline int64_t steps_of_a_window(const Layer& layer) {
+  constexpr int64_t kWindows = 16, kRows = 2048;
+  const int64_t windows = std::clamp<int64_t>(layer.rows / kRows, 1, kWindows);
+  return std::max<int64_t>((layer.shape.T + windows - 1) / windows, 1);
+}
+
+// A window of the loop, and the rows of each direction that it computes.
+struct Window : BackwardParams {
+  Range rows[2];
+
+  int64_t count(int d) const { return rows[d].end - rows[d].begin; }
+};
+
+// What the large products behind the loop make: the gradients of the input and of all directions'
+// weights. Of several windows they are sums: of the input's, only where two directions come to the
+// same rows; those of weights in the accumulation type.
+struct Gradients {
+  Tensor input;
+  Tensors ih, hh, bias_ih, bias_hh, hr;
+
+  Gradients(const Layer& layer, bool need_input, bool need_weights, bool several_windows)
+      : dtype_(layer.dtype()) {
+    const LayerShape& s = layer.shape;
+    const int64_t D = layer.D(), GH = layer.G() * s.H;
+    input = layer.allocate_if(need_input, layer.rows_shape(layer.I));
+    if (several_windows && D == 2) torch::stable::zero_(input);
+    if (!need_weights) return;
+    const auto gradient = [&](const std::vector<int64_t>& sizes) {
+      if (several_windows) return allocate_zeros(layer.input, sizes, layer.cell_dtype());
+      return layer.rows > 0 ? allocate(layer.input, sizes) : allocate_zeros(layer.input, sizes);
+    };
+    for (int64_t d = 0; d < D; ++d) {
+      ih.push_back(gradient({GH, layer.I}));
+      hh.push_back(gradient({GH, s.P}));
+      if (!layer.bias_ih.empty()) {
+        bias_ih.push_back(gradient({GH}));
+        bias_hh.push_back(gradient({GH}));
+      }
+      if (s.projected()) hr.push_back(gradient({s.P, s.H}));
+    }
+  }
+
+  // In the order of the operator's arguments.
+  Tensors weights() const {
+    Tensors tensors;
+    for (const Tensors* list : {&ih, &hh, &bias_ih, &bias_hh, &hr})
+      for (const Tensor& t : *list)
+        tensors.push_back(t.scalar_type() == dtype_ ? t : torch::stable::to(t, dtype_));
+    return tensors;
+  }
+
+ private:
+  ScalarType dtype_;
+};
+
 struct BackwardPass {
   Tensor output, gates, cells;  // of the forward pass
-  bool rebuild_gates = false;   // which are not there: in grad_gates, whose place they have
+  bool rebuild_gates = false;   // which are not there: in the place of their gradients
   OptionalTensor grad_output, grad_h_n, grad_c_n, grad_cells;
-  Tensor grad_gates, grad_projected, hidden, grad_hx, grad_cx;
+  // [D, M, ...], of one window after the other.
+  Tensor grad_gates, grad_projected, hidden;
+  Tensor grad_hx, grad_cx;
   OptionalTensor grad_reset_hx, grad_reset_cx;  // in the accumulation type
-  BackwardParams params;
+  Tensor carried_dh, carried_dc;                // between windows
 
+  // overwrite_gates: of the saved gates nothing is left but their memory. windowed: the loop is
+  // divided wherever that takes less memory, not only where gates are rebuilt.
   BackwardPass(const Layer& layer, const OptionalTensor& grad_output_,
                const OptionalTensor& grad_h_n_, const OptionalTensor& grad_c_n_,
                const OptionalTensor& grad_cells_, const Tensor& output_, const Tensor& gates_,
-               const Tensor& cells_, bool overwrite_gates) {
+               const Tensor& cells_, bool overwrite_gates, bool windowed)
+      : layer_(layer) {
     const LayerShape& s = layer.shape;
-    const int64_t D = layer.D(), N = layer.N, H = s.H, SH = layer.S() * H;
+    const int64_t D = layer.D(), N = layer.N, H = s.H;
     output = layer.checked(output_, "output", layer.rows_shape(D * s.P), "[..., D*P]");
     const bool saved = gates_.dim() != 1;
     if (!layer.rnn() && saved)
       gates = layer.checked(gates_, "gates", {D, N, layer.S(), H},
                             "[D, N, 4, H] (saved by the forward pass)");
-    // Every loop reads the gates of a row and unit where it then writes their gradients.
-    grad_gates = overwrite_gates && gates.defined() ? gates : allocate(layer.input, {D, N, SH});
     rebuild_gates = !layer.rnn() && !saved && layer.rows > 0;
-    if (!layer.rnn() && !saved) gates = grad_gates;
+    // Every loop reads the gates of a row and unit where it then writes their gradients.
+    const bool in_place = overwrite_gates && gates.defined();
+    gates_are_grads_ = in_place || rebuild_gates;
+    const bool whole = in_place || !(windowed || rebuild_gates) || s.sizes_on_device;
+    steps_ = whole ? s.T : steps_of_a_window(layer);
+    room_ = in_place ? N : most_rows();
+    grad_gates = in_place ? gates : allocate(layer.input, {D, room_, layer.S() * H});
     if (layer.lstm()) {
       RNN_FUSED_CHECK(cells_.numel() == D * N * H && cells_.scalar_type() == layer.cell_dtype() &&
                           layer.same_device(cells_),
@@ -147,80 +215,94 @@ struct BackwardPass {
     grad_h_n = gradient(grad_h_n_, "grad_h_n", {D, s.B, s.P});
     if (layer.lstm()) grad_c_n = gradient(grad_c_n_, "grad_c_n", {D, s.B, H});
 
-    grad_projected = layer.allocate_if(s.projected(), {D, N, s.P});
-    hidden = layer.allocate_if(s.projected(), {D, N, H});
+    grad_projected = layer.allocate_if(s.projected(), {D, room_, s.P});
+    hidden = layer.allocate_if(s.projected(), {D, room_, H});
     grad_hx = allocate(layer.input, {D, s.B, s.P});
     grad_cx = layer.allocate_if(layer.lstm(), {D, s.B, H});
     const ScalarType sums = layer.cell_dtype();
     if (layer.resets) grad_reset_hx = allocate_zeros(layer.input, {D, s.B, s.P}, sums);
     if (layer.reset_cx) grad_reset_cx = allocate_zeros(layer.input, {D, s.B, H}, sums);
-    params = {s, {}, D * s.P};
-    for (int d = 0; d < s.directions; ++d) {
-      const OptionalTensor saved_gates = layer.rnn() ? OptionalTensor() : gates;
-      const OptionalTensor saved_cells = layer.lstm() ? OptionalTensor(cells) : OptionalTensor();
-      params.direction[d] = {layer.direction(d),
-                             at(saved_gates, d * N * SH),
-                             at(saved_cells, d * N * H),
-                             at(output, d * s.P),
-                             at(grad_output, d * s.P),
-                             at(grad_h_n, d * s.B * s.P),
-                             layer.lstm() ? at(grad_c_n, d * s.B * H) : nullptr,
-                             at(grad_cells, d * N * H),
-                             at(grad_gates, d * N * SH),
-                             s.projected() ? at(grad_projected, d * N * s.P) : nullptr,
-                             s.projected() ? at(hidden, d * N * H) : nullptr,
-                             at(grad_hx, d * s.B * s.P),
-                             layer.lstm() ? at(grad_cx, d * s.B * H) : nullptr,
-                             grad_reset_hx ? at(*grad_reset_hx, d * s.B * s.P) : nullptr,
-                             grad_reset_cx ? at(*grad_reset_cx, d * s.B * H) : nullptr};
+    if (several()) {
+      carried_dh = allocate(layer.input, {D, s.B, s.P}, sums);
+      carried_dc = layer.allocate_if(layer.lstm(), {D, s.B, H}, sums);
     }
   }
 
+  bool several() const { return steps_ < layer_.shape.T; }
+  int64_t windows() const { return (layer_.shape.T + steps_ - 1) / steps_; }
+
+  // In the order in which the loop comes to them.
+  Window window(int64_t k) const {
+    const LayerShape& s = layer_.shape;
+    const int64_t N = layer_.N, H = s.H, SH = layer_.S() * H;
+    Window w{{s, {}, layer_.D() * s.P, k * steps_, std::max<int64_t>(s.T - (k + 1) * steps_, 0)},
+             {}};
+    const auto gates_of = [&](int d) -> const void* {
+      if (gates_are_grads_) return at(grad_gates, d * room_ * SH);
+      return gates.defined() ? at(gates, (d * N + w.rows[d].begin) * SH) : nullptr;
+    };
+    for (int d = 0; d < s.directions; ++d) {
+      w.rows[d] = rows_of(w.timesteps(d));
+      const OptionalTensor saved_cells = layer_.lstm() ? OptionalTensor(cells) : OptionalTensor();
+      w.direction[d] = {layer_.direction(d),
+                        gates_of(d),
+                        at(saved_cells, d * N * H),
+                        at(output, d * s.P),
+                        at(grad_output, d * s.P),
+                        at(grad_h_n, d * s.B * s.P),
+                        layer_.lstm() ? at(grad_c_n, d * s.B * H) : nullptr,
+                        at(grad_cells, d * N * H),
+                        at(grad_gates, d * room_ * SH),
+                        s.projected() ? at(grad_projected, d * room_ * s.P) : nullptr,
+                        s.projected() ? at(hidden, d * room_ * H) : nullptr,
+                        at(grad_hx, d * s.B * s.P),
+                        layer_.lstm() ? at(grad_cx, d * s.B * H) : nullptr,
+                        grad_reset_hx ? at(*grad_reset_hx, d * s.B * s.P) : nullptr,
+                        grad_reset_cx ? at(*grad_reset_cx, d * s.B * H) : nullptr,
+                        w.rows[d].begin,
+                        several() ? at(carried_dh, d * s.B * s.P) : nullptr,
+                        several() && layer_.lstm() ? at(carried_dc, d * s.B * H) : nullptr};
+    }
+    return w;
+  }
+
+  // Where direction d begins in matrices [D, M, columns].
+  int64_t origin(int d, int64_t columns) const { return d * room_ * columns; }
+
   // The operator's results, of which the caller wants some; reset_state: it gave the reset state.
   // No two of them share memory.
-  BackwardTensors results(const Layer& layer, const Tensor& grad_input, bool need_state,
-                          bool reset_state, const Tensors& grad_weights) const {
+  BackwardTensors results(const Gradients& grads, bool need_state, bool reset_state) const {
     const auto given = [&](bool needed, const Tensor& grad) {
-      return needed ? grad : layer.allocate_if(false, {});
+      return needed ? grad : layer_.allocate_if(false, {});
     };
     const auto rounded = [&](const OptionalTensor& sums) {
-      return sums && need_state && reset_state ? torch::stable::to(*sums, layer.dtype())
-                                               : layer.allocate_if(false, {});
+      return sums && need_state && reset_state ? torch::stable::to(*sums, layer_.dtype())
+                                               : layer_.allocate_if(false, {});
     };
-    return {grad_input,
+    return {grads.input,
             given(need_state, grad_hx),
             given(need_state, grad_cx),
             rounded(grad_reset_hx),
             rounded(grad_reset_cx),
-            grad_weights};
-  }
-};
-
-// The gradient of one direction's weights, allocated.
-struct WeightGradients {
-  Tensors ih, hh, bias_ih, bias_hh, hr;
-
-  explicit WeightGradients(const Layer& layer) {
-    const LayerShape& s = layer.shape;
-    const int64_t GH = layer.G() * s.H;
-    for (int64_t d = 0; d < layer.D(); ++d) {
-      ih.push_back(allocate(layer.input, {GH, layer.I}));
-      hh.push_back(allocate(layer.input, {GH, s.P}));
-      if (!layer.bias_ih.empty()) {
-        bias_ih.push_back(allocate(layer.input, {GH}));
-        bias_hh.push_back(allocate(layer.input, {GH}));
-      }
-      if (s.projected()) hr.push_back(allocate(layer.input, {s.P, s.H}));
-    }
+            grads.weights()};
   }
 
-  // In the order of the operator's arguments.
-  Tensors all() const {
-    Tensors tensors;
-    for (const Tensors* list : {&ih, &hh, &bias_ih, &bias_hh, &hr})
-      tensors.insert(tensors.end(), list->begin(), list->end());
-    return tensors;
+ private:
+  Range rows_of(Range timesteps) const {
+    if (!several()) return {0, layer_.rows};
+    const auto start = [&](int64_t t) {
+      return t < layer_.shape.T ? layer_.shape.row(t) : layer_.rows;
+    };
+    return {start(timesteps.begin), start(timesteps.end)};
   }
+
+  // Of a window: that of the earliest timesteps, which hold the most sequences, in each direction.
+  int64_t most_rows() const { return rows_of({0, steps_}).end; }
+
+  const Layer& layer_;
+  int64_t steps_ = 0;             // of a window
+  int64_t room_ = 0;              // M
+  bool gates_are_grads_ = false;  // whose memory they share
 };
 
 }  // namespace rnn_fused

@@ -27,6 +27,10 @@ RNN_FUSED_HD constexpr int gate_count(Cell cell) {
   return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1;
 }
 
+struct Range {
+  int64_t begin, end;
+};
+
 // Values kept per unit and row for the backward pass: the GRU adds hn = W_hn h + b_hn to its gates.
 RNN_FUSED_HD constexpr int saved_count(Cell cell) {
   return cell == Cell::gru ? 4 : gate_count(cell);
@@ -122,8 +126,9 @@ struct ForwardParams : LayerShape {
   bool save_gates;
 };
 
+// M: the rows of the loop's window, see BackwardParams.
 struct BackwardDirection : DirectionWeights {
-  // [N, S*H] as saved; null for an RNN. May be grad_gates, whose rows it then leaves one by one.
+  // [M, S*H] as saved; null for an RNN. May be grad_gates, whose rows it then leaves one by one.
   const void* gates;
   const void* cells;        // [N, H] as saved; LSTM only
   const void* output;       // [N, output_stride]
@@ -131,21 +136,33 @@ struct BackwardDirection : DirectionWeights {
   const void* grad_h_n;     // [B, P] or null for zero
   const void* grad_c_n;     // [B, H] or null for zero
   const void* grad_cells;   // [N, H] in the accumulation type, or null for zero; LSTM only
-  // Gradients of the pre-activations, [N, S*H]: LSTM (i, f, g, o), GRU (r, z, n, hn), RNN (a).
+  // Gradients of the pre-activations, [M, S*H]: LSTM (i, f, g, o), GRU (r, z, n, hn), RNN (a).
   void* grad_gates;
   // With a projection only: what dW_hr = grad_projected^T hidden needs.
-  void* grad_projected;  // [N, P] total gradient of h
-  void* hidden;          // [N, H] o * tanh(c), recomputed
+  void* grad_projected;  // [M, P] total gradient of h
+  void* hidden;          // [M, H] o * tanh(c), recomputed
   void* grad_h0;         // [B, P]
   void* grad_c0;         // [B, H]; LSTM only
   // In the accumulation type, and added to; null without resets.
   void* grad_reset_h = nullptr;  // [B, P]
   void* grad_reset_c = nullptr;  // [B, H]; LSTM only
+  int64_t first_row = 0;         // the first of the M rows
+  // dh and dc in the accumulation type, from the window before and to the window after this one.
+  void* carried_dh = nullptr;  // [B, P]
+  void* carried_dc = nullptr;  // [B, H]; LSTM only
 };
 
+// A call runs a window of the loop's steps; step s undoes the last step but s of the forward pass.
+// The steps of a window may have their gates, and the gradients of these, in memory of their own.
 struct BackwardParams : LayerShape {
   BackwardDirection direction[2];
-  int64_t output_stride;  // elements between rows of output and grad_output
+  int64_t output_stride;                      // elements between rows of output and grad_output
+  int64_t steps_before = 0, steps_after = 0;  // which other calls make; 0: the window is everything
+
+  RNN_FUSED_HD Range steps() const { return {steps_before, T - steps_after}; }
+  RNN_FUSED_HD Range timesteps(int d) const {
+    return d == 0 ? Range{steps_after, T - steps_before} : steps();
+  }
 };
 
 // The activated gates of one direction of an LSTM or GRU, from the h's of its forward pass. N at
@@ -170,6 +187,7 @@ struct InputGradientParams {
   const void* grad_gates[2];  // [N, stride]
   const void* weight_ih[2];   // [K, I]
   void* grad_input;           // [N, I]
+  bool accumulate = false;    // add to what is there
 };
 
 // right[i].out = left.T @ right[i], the gradients of one or two weights, and where asked for the
@@ -186,7 +204,8 @@ struct OuterProductParams {
   const void* left;  // [N, left_stride], of which the first `rows` columns count
   int64_t left_stride;
   Right right[2];
-  void* sums[2];  // [rows] or null; the second only with the first
+  void* sums[2];            // [rows] or null; the second only with the first
+  bool accumulate = false;  // out and sums have the accumulation type, and are added to
 };
 
 }  // namespace rnn_fused

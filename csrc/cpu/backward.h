@@ -45,10 +45,11 @@ class Backward {
   }
 
   void run() {
-    run_team(p_, schedule_, host_, dir_[0].weights.panel_count(), *this);
+    run_team(p_, p_.steps(), schedule_, host_, dir_[0].weights.panel_count(), *this);
     for (int d = 0; d < p_.directions; ++d) {
-      copy_back<T>(dir_[d].dh.get(), Pp_, p_.B, p_.P, dir_[d].grad_h0);
-      if constexpr (kLstm) copy_back<T>(dir_[d].dc.get(), Hp_, p_.B, p_.H, dir_[d].grad_c0);
+      const Direction& dir = dir_[d];
+      put(dir.dh, Pp_, p_.P, dir.grad_h0, dir.carried_dh);
+      if constexpr (kLstm) put(dir.dc, Hp_, p_.H, dir.grad_c0, dir.carried_dc);
     }
   }
 
@@ -88,11 +89,9 @@ class Backward {
     static_cast<BackwardDirection&>(dir) = p_.direction[d];
     dir.weights = {dir.weight_hh, p_.P, K_, schedule_.pack};
     for (auto& operand : dir.gate_operand) operand = Buffer<Operand<T>>::zeros(p_.B * Kp_);
-    dir.dh = Buffer<A>::zeros(p_.B * Pp_);
-    copy_matrix<T>(dir.grad_h_n, p_.B, p_.P, dir.dh.get(), Pp_);
+    dir.dh = take(Pp_, p_.P, dir.grad_h_n, dir.carried_dh);
     if constexpr (kLstm) {
-      dir.dc = Buffer<A>::zeros(p_.B * Hp_);
-      copy_matrix<T>(dir.grad_c_n, p_.B, p_.H, dir.dc.get(), Hp_);
+      dir.dc = take(Hp_, p_.H, dir.grad_c_n, dir.carried_dc);
       if (p_.projected()) {
         dir.projection = {dir.weight_hr, p_.H, p_.P, schedule_.pack};
         dir.projection.pack(0, dir.projection.panel_count());
@@ -100,6 +99,25 @@ class Backward {
         dir.dhidden = Buffer<A>::zeros(p_.B * Hp_);
       }
     }
+  }
+
+  // dh or dc before the window's first step: the caller's, or what the window before left.
+  Buffer<A> take(int64_t ld, int64_t columns, const void* grad_n, const void* carried) const {
+    Buffer<A> gradient = Buffer<A>::zeros(p_.B * ld);
+    if (p_.steps_before > 0)
+      copy_matrix<A>(carried, p_.B, columns, gradient.get(), ld);
+    else
+      copy_matrix<T>(grad_n, p_.B, columns, gradient.get(), ld);
+    return gradient;
+  }
+
+  // And after its last one.
+  void put(const Buffer<A>& gradient, int64_t ld, int64_t columns, void* grad_0,
+           void* carried) const {
+    if (p_.steps_after > 0)
+      copy_back<A>(gradient.get(), ld, p_.B, columns, carried);
+    else
+      copy_back<T>(gradient.get(), ld, p_.B, columns, grad_0);
   }
 
   // Hands a register of what reaches the state before a step over to the reset state.
@@ -124,7 +142,8 @@ class Backward {
       for (int64_t j = 0; j < p_.P; j += kWidth) {
         const int n = lanes_left<T>(p_.P - j);
         const V dh = total_dh(dir, p_.row(t) + b, b, j);
-        store(static_cast<T*>(dir.grad_projected) + (p_.row(t) + b) * p_.P + j, dh, n);
+        store(static_cast<T*>(dir.grad_projected) + (p_.row(t) + b - dir.first_row) * p_.P + j, dh,
+              n);
         store(dir.dh_operand + b * Pp_ + j, dh, n);
       }
     dir.projection.multiply(dir.dh_operand.get(), Pp_, rows.begin, rows.end, 0,
@@ -145,8 +164,9 @@ class Backward {
     const T* const h_first = static_cast<const T*>(reset ? dir.reset_h : dir.h0);
     const T* const c_first = static_cast<const T*>(reset ? dir.reset_c : dir.c0);
     const int64_t row_before = first ? 0 : p_.row(before) + b;
-    const T* gates = static_cast<const T*>(dir.gates) + row * saved_count(kCell) * H;
-    T* grads = static_cast<T*>(dir.grad_gates) + row * saved_count(kCell) * H;
+    const int64_t row_of_window = row - dir.first_row;
+    const T* gates = static_cast<const T*>(dir.gates) + row_of_window * saved_count(kCell) * H;
+    T* grads = static_cast<T*>(dir.grad_gates) + row_of_window * saved_count(kCell) * H;
     operand += b * Kp_;
 
     for (int64_t j = p_.projected() ? 0 : columns.begin; j < end; j += kWidth) {
@@ -173,7 +193,7 @@ class Backward {
         put(3, g.gates.o, 3);
         store(dc, g.c_prev);
         if (reset) end_at_reset(dir.grad_reset_c, b * H + j, dc, H - j);
-        if (p_.projected()) store(static_cast<T*>(dir.hidden) + row * H + j, g.hidden, n);
+        if (p_.projected()) store(static_cast<T*>(dir.hidden) + row_of_window * H + j, g.hidden, n);
       } else {
         const T* output = static_cast<const T*>(dir.output);
         const V dh = total_dh(dir, row, b, j);

@@ -7,10 +7,17 @@ namespace {
 template <class Params>
 using Kernel = void (*)(const Params&, const Schedule&, const Host&);
 
+Range timesteps(const ForwardParams& params, int) { return {0, params.T}; }
+Range timesteps(const BackwardParams& params, int d) { return params.timesteps(d); }
+
 template <class Params>
 void run(Kernel<Params> kernel, const Params& params, const Host& host) {
   const Plan plan = plan_layer(params, host.threads);
-  const std::vector<Range> rows = balanced_rows(params, plan.row_parts);
+  std::vector<Range> rows;
+  for (int d = 0; d < params.directions; ++d) {
+    const std::vector<Range> own = balanced_rows(params, timesteps(params, d), plan.row_parts);
+    rows.insert(rows.end(), own.begin(), own.end());
+  }
   kernel(params, {plan, rows.data()}, host);
 }
 

@@ -15,9 +15,9 @@ void cpu_gates(Isa isa, const GatesParams& params, const Host& host);
 void cpu_input_gradient(Isa isa, const InputGradientParams& params, const Host& host);
 void cpu_outer_product(Isa isa, const OuterProductParams& params, const Host& host);
 
-// A plan with the ranges of its row_parts.
+// A plan with the ranges of sequences of its row_parts.
 struct Schedule : Plan {
-  const Range* rows;
+  const Range* rows;  // [directions, row_parts]
 };
 
 // One set per instruction set, defined in isa_*.cpp.

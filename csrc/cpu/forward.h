@@ -41,7 +41,7 @@ class Forward {
   }
 
   void run() {
-    run_team(p_, schedule_, host_, dir_[0].weights.panel_count(), *this);
+    run_team(p_, {0, p_.T}, schedule_, host_, dir_[0].weights.panel_count(), *this);
     for (int d = 0; d < p_.directions; ++d) write_final_state(d);
   }
 

@@ -33,6 +33,8 @@ void multiply_by_weights(const InputGradientParams& p, const Host& host) {
     A* sum = sums + begin * kBlock * ld;
     for (int64_t n = p.N * begin / parts; n < p.N * end / parts; n += kBlock) {
       const int64_t rows = std::min(kBlock, p.N * end / parts - n);
+      T* const out = static_cast<T*>(p.grad_input) + n * p.I;
+      if (p.accumulate) copy_matrix<T>(out, rows, p.I, sum, ld);
       for (int d = 0; d < p.directions; ++d) {
         const T* grads = static_cast<const T*>(p.grad_gates[d]) + n * p.stride;
         const Operand<T>* a;
@@ -46,11 +48,11 @@ void multiply_by_weights(const InputGradientParams& p, const Host& host) {
         }
         const typename Matrix::To to = {sum, ld, Matrix::kPanelWidth};
         const typename Matrix::From from =
-            d == 0 ? typename Matrix::From{kZeros<A>, 0, 0}
-                   : typename Matrix::From{sum, ld, Matrix::kPanelWidth};
+            d == 0 && !p.accumulate ? typename Matrix::From{kZeros<A>, 0, 0}
+                                    : typename Matrix::From{sum, ld, Matrix::kPanelWidth};
         weights[d].multiply(a, kDirect ? p.stride : ldk, 0, rows, 0, panels, from, to);
       }
-      copy_back<T>(sum, ld, rows, p.I, static_cast<T*>(p.grad_input) + n * p.I);
+      copy_back<T>(sum, ld, rows, p.I, out);
     }
   });
 }

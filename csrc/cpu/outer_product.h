@@ -57,7 +57,7 @@ class OuterPart {
         alignas(64) A lanes[kWidth] = {};
         const int n = lanes_left<T>(count_ - r);
         for (int i = 0; i < n; ++i) lanes[i] = static_cast<A>(sums_[r + i]);
-        store(static_cast<T*>(sums) + rows_.begin + r, load(lanes), n);
+        put(sums, rows_.begin + r, load(lanes), n);
       }
   }
 
@@ -83,8 +83,17 @@ class OuterPart {
   }
 
   void write(int64_t r, const Columns& c, V value) const {
-    T* out = static_cast<T*>(c.right->out) + (rows_.begin + r) * c.right->columns + c.first;
-    store(out, value, c.lanes);
+    put(c.right->out, (rows_.begin + r) * c.right->columns + c.first, value, c.lanes);
+  }
+
+  // Into a result, at element i.
+  void put(void* result, int64_t i, V value, int lanes) const {
+    if (p_->accumulate) {
+      A* const sum = static_cast<A*>(result) + i;
+      store(sum, load(sum, lanes) + value, lanes);
+    } else {
+      store(static_cast<T*>(result) + i, value, lanes);
+    }
   }
 
   void run_few() {
@@ -95,13 +104,12 @@ class OuterPart {
         sums_[r] += factor[n];
       }
       for (const Right& right : p_->right) {
-        T* out = static_cast<T*>(right.out) + (rows_.begin + r) * right.columns;
         for (int64_t c = 0; c < right.columns; c += kWidth) {
           const int lanes = lanes_left<T>(right.columns - c);
           V sum{};
           for (int64_t n = 0; n < p_->N; ++n)
             sum += broadcast(factor[n]) * load(static_cast<const T*>(right.row[n]) + c, lanes);
-          store(out + c, sum, lanes);
+          write(r, {&right, c, lanes}, sum);
         }
       }
     }

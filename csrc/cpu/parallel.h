@@ -3,13 +3,10 @@
 #pragma once
 
 #include <atomic>
-#include <cstdint>
+
+#include "csrc/core/params.h"
 
 namespace rnn_fused {
-
-struct Range {
-  int64_t begin, end;
-};
 
 // The caller's threads. parallel_for runs body(context, begin, end) over disjoint ranges that cover
 // [0, n): on as many threads as there are ranges, at the same time, so that ranges may wait for

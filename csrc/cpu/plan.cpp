@@ -25,7 +25,7 @@ Plan plan_layer(const LayerShape& s, int threads) {
   return plan;
 }
 
-std::vector<Range> balanced_rows(const LayerShape& s, int64_t parts) {
+std::vector<Range> balanced_rows(const LayerShape& s, Range timesteps, int64_t parts) {
   std::vector<Range> ranges;
   if (!s.batch_sizes) {
     for (int64_t i = 0; i < parts; ++i) ranges.push_back({s.B * i / parts, s.B * (i + 1) / parts});
@@ -33,9 +33,9 @@ std::vector<Range> balanced_rows(const LayerShape& s, int64_t parts) {
   }
   std::vector<int64_t> steps(s.B);  // of the sequences up to and with b
   int64_t total = 0;
-  for (int64_t b = 0, length = s.T; b < s.B; ++b) {
-    while (length > 0 && s.batch_sizes[length - 1] <= b) --length;
-    steps[b] = total += length;
+  for (int64_t b = 0, end = timesteps.end; b < s.B; ++b) {
+    while (end > timesteps.begin && s.batch_sizes[end - 1] <= b) --end;
+    steps[b] = total += end - timesteps.begin;
   }
   for (int64_t i = 1, b = 0; i <= parts; ++i) {
     const int64_t begin = b;

@@ -24,7 +24,7 @@ struct Plan {
 // A pure function of the layer's shape.
 Plan plan_layer(const LayerShape& shape, int threads);
 
-// Splits the sequences into ranges of nearly equal total length.
-std::vector<Range> balanced_rows(const LayerShape& shape, int64_t parts);
+// Splits the sequences into ranges of nearly equal work in these timesteps.
+std::vector<Range> balanced_rows(const LayerShape& shape, Range timesteps, int64_t parts);
 
 }  // namespace rnn_fused

@@ -28,8 +28,8 @@ inline int64_t parts_of(const Host& host, double multiply_adds) {
 // loop.pack(direction, panels) rearranges weights; loop.step(direction, s, rows, panels, sync)
 // computes step s and calls sync() once, to wait for the others that work on the same sequences.
 template <class Loop>
-void run_team(const LayerShape& shape, const Schedule& schedule, const Host& host, int64_t panels,
-              Loop& loop) {
+void run_team(const LayerShape& shape, Range steps, const Schedule& schedule, const Host& host,
+              int64_t panels, Loop& loop) {
   if (schedule.unit_parts > 1) {
     // Every part owns some hidden units of all directions and sequences, in lockstep.
     Barrier barrier(schedule.unit_parts);
@@ -37,7 +37,7 @@ void run_team(const LayerShape& shape, const Schedule& schedule, const Host& hos
       const Range own = {panels * begin / schedule.unit_parts, panels * end / schedule.unit_parts};
       const auto sync = [&] { barrier.arrive_and_wait(end - begin); };
       for (int d = 0; d < shape.directions; ++d) loop.pack(d, own);
-      for (int64_t s = 0; s < shape.T; ++s)
+      for (int64_t s = steps.begin; s < steps.end; ++s)
         for (int d = 0; d < shape.directions; ++d) loop.step(d, s, {0, shape.B}, own, sync);
     });
     return;
@@ -55,9 +55,9 @@ void run_team(const LayerShape& shape, const Schedule& schedule, const Host& hos
   const auto sync = [] {};
   parallel_for(host, shape.directions * schedule.row_parts, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task)
-      for (int64_t s = 0; s < shape.T; ++s)
-        loop.step(static_cast<int>(task / schedule.row_parts), s,
-                  schedule.rows[task % schedule.row_parts], {0, panels}, sync);
+      for (int64_t s = steps.begin; s < steps.end; ++s)
+        loop.step(static_cast<int>(task / schedule.row_parts), s, schedule.rows[task], {0, panels},
+                  sync);
   });
 }
 

@@ -56,17 +56,19 @@ class Backward {
                                        unit < p.H ? static_cast<int>(p.H) - k : 0);
                  }) {
     Owned::for_all_sequences(owns() ? p_.B : 0, tile_, [&](int b) {
-      dh_[b * kUnits + Owned::unit()] = value_or_zero<T>(dir_.grad_h_n, b * p_.H + unit_);
+      const int64_t i = b * p_.H + unit_;
+      dh_[b * kUnits + Owned::unit()] = first(dir_.grad_h_n, dir_.carried_dh, i);
       if constexpr (kLstm)
-        dc_[b * kUnits + Owned::unit()] = value_or_zero<T>(dir_.grad_c_n, b * p_.H + unit_);
+        dc_[b * kUnits + Owned::unit()] = first(dir_.grad_c_n, dir_.carried_dc, i);
     });
   }
 
   __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
     const bool down = direction_ == 0;
-    Step now = step_at(p_, down, 0), next = step_at(p_, down, 1);
+    const auto [begin, end] = p_.steps();
+    Step now = step_at(p_, down, begin), next = step_at(p_, down, begin + 1);
     load_saved(now, next, 0);
-    for (int64_t s = 0; s < p_.T; ++s) {
+    for (int64_t s = begin; s < end; ++s) {
       const Step border = down ? now : next;
       for (int first = 0; first < now.active; first += tile_) {
         if (first > 0) load_saved(now, next, first);
@@ -74,7 +76,7 @@ class Backward {
       }
       const Step after = step_at(p_, down, s + 2);
       barrier.arrive();
-      load_saved(next, after, 0);
+      if (s + 1 < end) load_saved(next, after, 0);
       barrier.wait();
       for (int first = 0; first < now.active; first += tile_) {
         if (first > 0) __syncthreads();  // the sums of the pass before have been read
@@ -87,17 +89,31 @@ class Backward {
     }
     Owned::for_all_sequences(owns() ? p_.B : 0, tile_, [&](int b) {
       const int64_t i = b * p_.H + unit_;
-      static_cast<T*>(dir_.grad_h0)[i] = static_cast<T>(dh_[b * kUnits + Owned::unit()]);
-      if constexpr (kLstm)
-        static_cast<T*>(dir_.grad_c0)[i] = static_cast<T>(dc_[b * kUnits + Owned::unit()]);
+      leave(dh_[b * kUnits + Owned::unit()], dir_.grad_h0, dir_.carried_dh, i);
+      if constexpr (kLstm) leave(dc_[b * kUnits + Owned::unit()], dir_.grad_c0, dir_.carried_dc, i);
     });
   }
 
  private:
   __device__ bool owns() const { return unit_ < p_.H; }
-  __device__ T* grad_gates() const { return static_cast<T*>(dir_.grad_gates); }
+  __device__ T* grad_gates(int64_t row) const {
+    return static_cast<T*>(dir_.grad_gates) + (row - dir_.first_row) * S * p_.H;
+  }
   __device__ float output(int64_t row) const {
     return static_cast<float>(static_cast<const T*>(dir_.output)[row * p_.output_stride + unit_]);
+  }
+
+  // dh or dc before the window's first step: the caller's, or what the window before left.
+  __device__ float first(const void* grad_n, const void* carried, int64_t i) const {
+    if (p_.steps_before > 0) return static_cast<const float*>(carried)[i];
+    return value_or_zero<T>(grad_n, i);
+  }
+  // And after its last one.
+  __device__ void leave(float gradient, void* grad_0, void* carried, int64_t i) const {
+    if (p_.steps_after > 0)
+      static_cast<float*>(carried)[i] = gradient;
+    else
+      static_cast<T*>(grad_0)[i] = static_cast<T>(gradient);
   }
 
   // `before`: the step that the forward pass made before `step`.
@@ -114,7 +130,8 @@ class Backward {
       if constexpr (!kLstm && !kGru) {
         saved.gates[0] = output(row);
       } else {
-        const T* const gates = static_cast<const T*>(dir_.gates) + row * S * p_.H + unit_;
+        const T* const gates =
+            static_cast<const T*>(dir_.gates) + (row - dir_.first_row) * S * p_.H + unit_;
 #pragma unroll
         for (int gate = 0; gate < S; ++gate)
           saved.gates[gate] = static_cast<float>(gates[gate * p_.H]);
@@ -139,7 +156,7 @@ class Backward {
     Owned::for_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int i, int b) {
       const int sequence = first + b;
       const Saved& saved = saved_[i];
-      T* const grads = grad_gates() + (now.row + sequence) * S * p_.H + unit_;
+      T* const grads = grad_gates(now.row + sequence) + unit_;
       const auto put = [&](int gate, float grad) { grads[gate * p_.H] = static_cast<T>(grad); };
       float& dh = dh_[sequence * kUnits + Owned::unit()];
       const float total = dh + saved.grad_output;
@@ -177,8 +194,7 @@ class Backward {
   // W_hh^T times the gradients of the pre-activations. Those of a GRU's n reach h through hn.
   __device__ __forceinline__ void multiply(Step now, int first) {
     product_.multiply(
-        pass_size(now.active, first, tile_),
-        [&](int b) { return grad_gates() + (now.row + first + b) * S * p_.H; },
+        pass_size(now.active, first, tile_), [&](int b) { return grad_gates(now.row + first + b); },
         [&](int gate) { return (kGru && gate == 2 ? 3 : gate) * p_.H; },
         sums_ + threadIdx.x / 32 * tile_ * kPitch);
   }

@@ -240,8 +240,9 @@ class Backward {
   }
 
   void run() {
+    const Range steps = p_.steps();
     for (int d = 0; d < p_.directions; ++d) begin(d);
-    for (int64_t s = 0; s < p_.T; ++s)
+    for (int64_t s = steps.begin; s < steps.end; ++s)
       for (int d = 0; d < p_.directions; ++d) step(d, d == 0 ? p_.T - 1 - s : s);
     for (int d = 0; d < p_.directions; ++d) end(d);
   }
@@ -250,10 +251,27 @@ class Backward {
   void begin(int d) {
     const BackwardDirection& dir = p_.direction[d];
     const Workspace& w = workspaces_[d];
-    convert(static_cast<const T*>(dir.grad_h_n), p_.P, w.dh, p_.P, p_.B, p_.P, stream_);
-    if constexpr (kLstm)
-      convert(static_cast<const T*>(dir.grad_c_n), p_.H, w.dc, p_.H, p_.B, p_.H, stream_);
+    take(dir.grad_h_n, dir.carried_dh, p_.P, w.dh);
+    if constexpr (kLstm) take(dir.grad_c_n, dir.carried_dc, p_.H, w.dc);
     if constexpr (kGru) zero(w.direct, p_.B * p_.H * sizeof(A), stream_);
+  }
+
+  // dh or dc before the window's first step: the caller's, or what the window before left.
+  void take(const void* grad_n, const void* carried, int64_t columns, A* gradient) const {
+    if (p_.steps_before > 0)
+      convert(static_cast<const A*>(carried), columns, gradient, columns, p_.B, columns, stream_);
+    else
+      convert(static_cast<const T*>(grad_n), columns, gradient, columns, p_.B, columns, stream_);
+  }
+
+  // And after its last one: a + b, which may be null.
+  void leave(const A* a, const A* b, int64_t columns, void* grad_0, void* carried) const {
+    if (p_.steps_after > 0)
+      add(Sum<A, A, A>{p_.B, columns, a, columns, b, columns, static_cast<A*>(carried), columns},
+          stream_);
+    else
+      add(Sum<A, A, T>{p_.B, columns, a, columns, b, columns, static_cast<T*>(grad_0), columns},
+          stream_);
   }
 
   // Rows that only the device knows: as in the forward pass.
@@ -265,15 +283,17 @@ class Backward {
     const StepRows rows = on_device ? StepRows{.count = p_.B} : at.rows();
     constexpr int kSaved = saved_count(kCell);
     const int64_t count = rows.count, GH = kGates * p_.H;
+    const int64_t row_of_window = rows.row - dir.first_row;
     const T* grad_output = static_cast<const T*>(dir.grad_output);
 
     if (p_.projected()) {  // through h = W_hr (o * tanh(c))
-      T* const grads = static_cast<T*>(dir.grad_projected);
-      T* const total = on_device ? w.total : grads + rows.row * p_.P;
+      T* const all = static_cast<T*>(dir.grad_projected);
+      T* const grads = on_device ? all : all + row_of_window * p_.P;
+      T* const total = on_device ? w.total : grads;
       add(StepSum<A, T, T>{.sum = {count, p_.P, w.dh, p_.P, grad_output, p_.output_stride, grads,
                                    p_.P},
                            .b_has_rows = true,
-                           .out_has_rows = true},
+                           .out_has_rows = on_device},
           at, stream_);
       if (on_device)
         add(StepSum<T, T, T>{.sum = {count, p_.P, grads, p_.P, nullptr, 0, total, p_.P},
@@ -309,9 +329,10 @@ class Backward {
     step.operand = w.operand;
     step.hidden = p_.projected() ? static_cast<T*>(dir.hidden) : nullptr;
     step.saved = kSaved;
+    step.first_row = dir.first_row;
     launch_step(backward_step<T, kCell>, step, at, p_.H, stream_);
 
-    const T* const operand = w.operand ? w.operand : step.grad_gates + rows.row * kSaved * p_.H;
+    const T* const operand = w.operand ? w.operand : step.grad_gates + row_of_window * GH;
     A* const product = on_device ? w.product : w.dh;
     product_({operand, p_.dtype, count, GH, GH, 1}, {dir.weight_hh, p_.dtype, GH, p_.P, p_.P, 1},
              {product, accumulation_type(p_.dtype), count, p_.P, p_.P, 1});
@@ -335,11 +356,8 @@ class Backward {
   void end(int d) {
     const BackwardDirection& dir = p_.direction[d];
     const Workspace& w = workspaces_[d];
-    add(Sum<A, A, T>{p_.B, p_.P, w.dh, p_.P, w.direct, p_.H, static_cast<T*>(dir.grad_h0), p_.P},
-        stream_);
-    if constexpr (kLstm)
-      convert(static_cast<const A*>(w.dc), p_.H, static_cast<T*>(dir.grad_c0), p_.H, p_.B, p_.H,
-              stream_);
+    leave(w.dh, w.direct, p_.P, dir.grad_h0, dir.carried_dh);
+    if constexpr (kLstm) leave(w.dc, nullptr, p_.H, dir.grad_c0, dir.carried_dc);
   }
 
   const BackwardParams& p_;
@@ -354,27 +372,32 @@ void gather(const BackwardParams& p, int d, T* out, cudaStream_t stream) {
   const Previous<T> h = previous_h<T>(p, p.output_stride, dir.output, dir);
   if (p.sizes_on_device)
     return launch_for(p.T * p.B * p.P, gather_previous<T>, stream, {p.B, h, out}, {p, d, 0});
+  const auto [begin, end] = p.timesteps(d);
   const auto copy = [&](const T* from, int64_t stride, int64_t row, int64_t rows) {
-    convert(from, stride, out + row * p.P, p.P, rows, p.P, stream);
+    convert(from, stride, out + (row - dir.first_row) * p.P, p.P, rows, p.P, stream);
   };
-  for (int64_t t = 0; t < p.T; ++t) {
+  for (int64_t t = begin; t < end; ++t) {
     const StepRows r = Timestep{p, d, t}.rows();
     copy(h.initial + r.known * p.P, p.P, r.row + r.known, r.count - r.known);
-    // Dense, all steps but one lie as far from their predecessors as the first of them.
-    const bool first_known = !p.batch_sizes && t == (d == 0 ? 1 : 0);
-    const int64_t rows = p.batch_sizes ? r.known : first_known ? (p.T - 1) * p.B : 0;
-    copy(h.before + r.row_before * h.stride, h.stride, r.row, rows);
+    if (p.batch_sizes) copy(h.before + r.row_before * h.stride, h.stride, r.row, r.known);
   }
+  // Dense, all steps but the direction's first lie as far from their predecessors.
+  const Range later = {std::max<int64_t>(begin, d == 0), std::min(end, p.T - d)};
+  if (!p.batch_sizes && later.begin < later.end)
+    copy(h.before + (later.begin - 1 + 2 * d) * p.B * h.stride, h.stride, later.begin * p.B,
+         (later.end - later.begin) * p.B);
   if (!p.resets) return;
+  const auto replace = [&](int64_t row, int64_t border_row, int64_t rows) {
+    launch_for(rows * p.P, replace_reset_rows<T>, stream,
+               ResetRows<T>{rows, p.P, p.B, p.resets + border_row,
+                            static_cast<const T*>(dir.reset_h), out + (row - dir.first_row) * p.P});
+  };
   // Dense, the borders of all steps lie as far from their rows; ragged, each step has its own.
-  const ResetRows<T> all = {
-      (p.T - d) * p.B, p.P, p.B, p.resets + d * p.B, static_cast<const T*>(dir.reset_h), out};
-  if (!p.batch_sizes) return launch_for(all.rows * p.P, replace_reset_rows<T>, stream, all);
-  for (int64_t t = 0; t < p.T; ++t) {
+  if (!p.batch_sizes)
+    return replace(begin * p.B, (begin + d) * p.B, (std::min(end, p.T - d) - begin) * p.B);
+  for (int64_t t = begin; t < end; ++t) {
     const StepRows r = Timestep{p, d, t}.rows();
-    launch_for(r.border_count * p.P, replace_reset_rows<T>, stream,
-               ResetRows<T>{r.border_count, p.P, p.B, p.resets + r.border_row,
-                            static_cast<const T*>(dir.reset_h), out + r.row * p.P});
+    replace(r.row, r.border_row, r.border_count);
   }
 }
 
@@ -439,6 +462,14 @@ void activate_gates(const LayerShape& shape, const DirectionWeights& weights, in
     const auto run = shape.cell == Cell::gru ? gpu::activate<decltype(storage), Cell::gru>
                                              : gpu::activate<decltype(storage), Cell::lstm>;
     run(shape, weights, rows, sums, gates, stream);
+  });
+}
+
+void add_to_sums(DType dtype, int64_t count, const void* more, void* sums, cudaStream_t stream) {
+  gpu::with_type(dtype, [&](auto storage) {
+    using A = gpu::Acc<decltype(storage)>;
+    A* const to = static_cast<A*>(sums);
+    gpu::add(gpu::Sum<A, A, A>{1, count, to, 0, static_cast<const A*>(more), 0, to, 0}, stream);
   });
 }
 

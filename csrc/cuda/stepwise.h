@@ -48,7 +48,11 @@ void stepwise_backward(const BackwardParams& params, void* workspace, const Devi
 void activate_gates(const LayerShape& shape, const DirectionWeights& weights, int64_t rows,
                     const void* sums, void* gates, cudaStream_t stream);
 
-// h before each row's step, what W_hh was multiplied with. out: [N, P], whose tail is left alone.
+// sums += more, of so many values in the accumulation type of dtype.
+void add_to_sums(DType dtype, int64_t count, const void* more, void* sums, cudaStream_t stream);
+
+// h before the step of each row of the window, what W_hh was multiplied with. out: [M, P], whose
+// tail is left alone.
 void gather_previous_h(const BackwardParams& params, int direction, void* out, cudaStream_t stream);
 
 // Zeroes the tail of [N, row_bytes], of a shape with sizes_on_device.

@@ -227,12 +227,14 @@ struct BackwardStep {
   T* operand;             // [count, G*H] the gradients that reach W_hh, side by side; or null
   T* hidden;              // [count, H] o * tanh(c), with a projection; or null
   CellOptions<A> options;
-  int64_t saved;  // S
+  int64_t saved;      // S
+  int64_t first_row;  // of gates, grad_gates and hidden
 
   int64_t sequences() const { return count; }
   RNN_FUSED_HD void place(const StepRows& r) {
+    const int64_t row_of_window = r.row - first_row;
     count = r.count;
-    if (gates) gates += r.row * saved * H;
+    if (gates) gates += row_of_window * saved * H;
     if (grad_cells) grad_cells += r.row * H;
     if (cells) {
       cells += r.row * H;
@@ -241,8 +243,8 @@ struct BackwardStep {
     output += r.row * output_stride;
     h_prev.place(r);
     if (grad_output) grad_output += r.row * output_stride;
-    grad_gates += r.row * saved * H;
-    if (hidden) hidden += r.row * H;
+    grad_gates += row_of_window * saved * H;
+    if (hidden) hidden += row_of_window * H;
   }
 };
 

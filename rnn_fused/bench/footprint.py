@@ -7,17 +7,19 @@ really takes. For CUDA it is a prediction.
 from __future__ import annotations
 
 from collections import Counter
+from math import ceil
 
 from .problems import GATES
 from .workload import Case
 
 SAVED = {"lstm": 4, "gru": 4}  # values per unit that the forward pass saves; of an RNN none
+WINDOWS, ROWS_OF_A_WINDOW = 16, 2048  # of the backward loop: at most, and at least
 ROWS_OF_A_BLOCK = 1024  # beyond which the CPU sums weights' gradients in float64 between blocks
 
 
-def footprint(case: Case) -> Counter[str]:
+def footprint(case: Case, *, recompute: bool = False) -> Counter[str]:
     """Bytes of everything alive at the peak of our pass, by name, a stack's layers together;
-    beyond the input, the weights and the output's gradient.
+    beyond the input, the weights and the output's gradient. recompute: with `save="recompute"`.
 
     For dense layers of one direction with biases and without a projection, whose gradients are all
     wanted. Leaves out what has the size of a timestep or of the caches, and packed weights.
@@ -27,12 +29,19 @@ def footprint(case: Case) -> Counter[str]:
     rows, gates = problem.T * problem.B, GATES[problem.cell]
     h = rows * problem.H * size  # one value per unit and row
     layers = range(problem.layers)
+    gated = problem.cell in SAVED
+    saved = 0 if recompute else SAVED.get(problem.cell, 0)
+    # Saved gates make room for their gradients; other gradients are there for a window at a time.
+    windowed = (recompute and gated) or not (gated or on_cuda)
+    windows = min(max(rows // ROWS_OF_A_WINDOW, 1), WINDOWS) if windowed else 1
+    steps = ceil(problem.T / windows)
+    window = steps * problem.B * problem.H * size
 
     if case.pass_ == "inference":
         return Counter(
             {
                 "output": h * min(2, problem.layers),  # of a layer, and of the one below it
-                "W_ih x": gates * h if on_cuda and problem.cell in SAVED else 0,
+                "W_ih x": gates * h if on_cuda and gated else 0,
             }
         )
 
@@ -42,17 +51,18 @@ def footprint(case: Case) -> Counter[str]:
     def backward(layer: int) -> Counter[str]:
         """While the gradients of one layer are computed; those above it have theirs."""
         top = layer == problem.layers - 1
-        several_blocks = rows > ROWS_OF_A_BLOCK and not on_cuda
+        several_blocks = steps * problem.B > ROWS_OF_A_BLOCK and not on_cuda
         return Counter(
             {
                 "output": h * (layer + (1 if top else 2)),  # the caller keeps the last one
-                "gates": h * SAVED.get(problem.cell, 0) * (layer + 1),
+                "gates": h * saved * (layer + 1),
                 "cells": rows * problem.H * max(4, size) * (layer + 1) * (problem.cell == "lstm"),
-                "gradient of gates": 0 if problem.cell in SAVED else h,  # else in their place
+                "gradient of gates": 0 if saved else window * SAVED.get(problem.cell, 1),
                 "gradient of the output": 0 if top else h,
                 "gradient of the input": rows * (problem.H if layer else problem.I) * size,
-                "h before each step": h if on_cuda else 0,
+                "h before each step": window if on_cuda else 0,
                 "gradients of weights": size * sum(map(weights, layers[layer:])),
+                "sums of windows": 4 * weights(layer) if windows > 1 and size == 2 else 0,
                 "sums in float64": 8 * weights(layer) if several_blocks else 0,
             }
         )

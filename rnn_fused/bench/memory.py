@@ -56,7 +56,7 @@ class MemoryRow:
     peak_mb: float
     kept_mb: float | None  # of it, resident after the pass; None on CUDA
     counted_mb: float | None  # by torch's allocator, where asked for
-    predicted_mb: float | None  # by `footprint`, of ours with what is saved by default
+    predicted_mb: float | None  # by `footprint`, of ours
     ratio: float | None
 
 
@@ -172,6 +172,8 @@ def rows_of(
     stock: float | None = None
     problem = case.problem
     for provider in providers:
+        recompute = provider == "rnn_fused recompute"
+        predicted = footprint(case, recompute=recompute).total() * 1e-6
         found = measure_apart(case, provider, "resident", threads)
         counted = measure_apart(case, provider, "counted", threads) if count else {}
         if provider == "torch.nn":
@@ -189,7 +191,7 @@ def rows_of(
             peak_mb=found["peak_mb"],
             kept_mb=found.get("kept_mb"),
             counted_mb=counted.get("counted_mb"),
-            predicted_mb=footprint(case).total() * 1e-6 if provider == "rnn_fused" else None,
+            predicted_mb=None if provider == "torch.nn" else predicted,
             ratio=None if stock is None else found["peak_mb"] / stock,
         )
 

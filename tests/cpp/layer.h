@@ -242,40 +242,67 @@ struct Backward {
   bool operator==(const Backward&) const = default;
 };
 
-// `run` is given BackwardParams.
+// `run` is given BackwardParams: of everything, or of windows of so many steps one after the other.
 template <class Run>
 Backward run_backward(const Layer& l, const Forward& forward, const Upstream& upstream,
-                      const Run& run) {
+                      const Run& run, int64_t steps = 0) {
+  if (steps == 0) steps = l.T;
   Backward result(l, l.dtype);
-  BackwardParams params{l.shape(), {}, l.output_stride()};
-  for (int d = 0; d < l.directions; ++d) {
-    const Forward::Direction& saved = forward.direction[d];
-    Backward::Direction& out = result.direction[d];
-    if (l.options && !l.rnn()) out.gates = saved.gates;
-    params.direction[d] = {l.weights(d),
-                           l.options && !l.rnn() ? out.gates.at(0) : saved.gates.at(0),
-                           saved.cells.at(0),
-                           forward.output.at(d * l.P),
-                           upstream.output.at(d * l.P),
-                           upstream.h_n[d].at(0),
-                           upstream.c_n[d].at(0),
-                           upstream.cells[d].at(0),
-                           out.gates.at(0),
-                           out.projected.at(0),
-                           out.hidden.at(0),
-                           out.h0.at(0),
-                           out.c0.at(0),
-                           out.reset_h.at(0),
-                           out.reset_c.at(0)};
+  Array carried_dh[2], carried_dc[2];
+  const int64_t SH = l.S() * l.H;
+  for (int64_t begin = 0; begin < l.T; begin += steps) {
+    BackwardParams params{l.shape(), {}, l.output_stride(), begin, 0};
+    params.steps_after = std::max<int64_t>(l.T - begin - steps, 0);
+    Array gates[2], grad_gates[2], projected[2], hidden[2];
+    Range rows[2];
+    for (int d = 0; d < l.directions; ++d) {
+      const Forward::Direction& saved = forward.direction[d];
+      Backward::Direction& out = result.direction[d];
+      const auto [first, end] = params.timesteps(d);
+      rows[d] = {l.starts[first], end < l.T ? l.starts[end] : l.N};
+      const int64_t M = rows[d].end - rows[d].begin;
+      gates[d] = saved.gates.part(rows[d].begin * SH, M * SH);
+      grad_gates[d] = out.gates.part(0, M * SH);
+      projected[d] = out.projected.part(0, M * l.P);
+      hidden[d] = out.hidden.part(0, M * l.H);
+      if (begin == 0) {
+        carried_dh[d] = Array(accumulation(l.dtype), l.B * l.P);
+        carried_dc[d] = Array(accumulation(l.dtype), l.lstm() ? l.B * l.H : 0);
+      }
+      params.direction[d] = {l.weights(d),
+                             l.options && !l.rnn() ? grad_gates[d].at(0) : gates[d].at(0),
+                             saved.cells.at(0),
+                             forward.output.at(d * l.P),
+                             upstream.output.at(d * l.P),
+                             upstream.h_n[d].at(0),
+                             upstream.c_n[d].at(0),
+                             upstream.cells[d].at(0),
+                             grad_gates[d].at(0),
+                             projected[d].at(0),
+                             hidden[d].at(0),
+                             out.h0.at(0),
+                             out.c0.at(0),
+                             out.reset_h.at(0),
+                             out.reset_c.at(0),
+                             rows[d].begin,
+                             carried_dh[d].at(0),
+                             carried_dc[d].at(0)};
+      if (l.options && !l.rnn()) grad_gates[d].put(0, gates[d]);
+    }
+    run(params);
+    for (int d = 0; d < l.directions; ++d) {
+      result.direction[d].gates.put(rows[d].begin * SH, grad_gates[d]);
+      result.direction[d].projected.put(rows[d].begin * l.P, projected[d]);
+      result.direction[d].hidden.put(rows[d].begin * l.H, hidden[d]);
+    }
   }
-  run(params);
   return result;
 }
 
 inline Backward run_backward(Isa isa, const Layer& l, const Host& host, const Forward& forward,
-                             const Upstream& upstream) {
-  return run_backward(l, forward, upstream,
-                      [&](const BackwardParams& params) { cpu_backward(isa, params, host); });
+                             const Upstream& upstream, int64_t steps = 0) {
+  const auto run = [&](const BackwardParams& params) { cpu_backward(isa, params, host); };
+  return run_backward(l, forward, upstream, run, steps);
 }
 
 }  // namespace rnn_fused

@@ -41,7 +41,11 @@ void check_layer(const Sizes& sizes, uint64_t seed) {
       CHECK(same_results(result, run_forward(isa, l, kOneThread, false, rounded.direction),
                          l.directions));
     }
-    check_close(l, run_backward(isa, l, kOneThread, saved, upstream), expected_grads);
+    const Backward grads = run_backward(isa, l, kOneThread, saved, upstream);
+    check_close(l, grads, expected_grads);
+    const int64_t window = 1 + static_cast<int64_t>(seed % static_cast<uint64_t>(l.T));
+    CAPTURE(window);
+    CHECK(run_backward(isa, l, kOneThread, saved, upstream, window) == grads);
     for (int d = 0; d < l.directions && !l.rnn(); ++d) {
       INFO("the gates are rebuilt");
       check_close("gates", rebuild_gates(isa, l, kOneThread, saved, d), expected.direction[d].gates,
@@ -95,12 +99,6 @@ TEST_CASE("layers of many rows equal the reference") {
                     5);
 }
 
-Array elements(const Array& from, DType dtype, int64_t begin, int64_t size) {
-  Array result(dtype, size);
-  for (int64_t i = 0; i < size; ++i) result.set(i, from[begin + i]);
-  return result;
-}
-
 // The timesteps [begin, end) of sequence b of `l`, as a batch of its own.
 Layer alone(const Layer& l, int64_t b, int64_t begin, int64_t end) {
   Sizes sizes = l;
@@ -114,8 +112,8 @@ Layer alone(const Layer& l, int64_t b, int64_t begin, int64_t end) {
   for (int d = 0; d < l.directions; ++d) {
     const Layer::Direction& w = l.direction[d];
     one.direction[d] = w;
-    one.direction[d].h0 = elements(w.h0, l.dtype, b * l.P, l.P);
-    if (l.lstm()) one.direction[d].c0 = elements(w.c0, l.dtype, b * l.H, l.H);
+    one.direction[d].h0 = w.h0.part(b * l.P, l.P);
+    one.direction[d].c0 = w.c0.part(b * l.H, l.H);
   }
   return one;
 }
@@ -199,7 +197,9 @@ TEST_CASE("the input's gradient equals the reference") {
         grads[d] = random.array(dtype, N * stride, 1);
         weights[d] = random.array(dtype, K * I, 1);
       }
+      const bool accumulate = i % 2;
       std::vector<Sum> expected(N * I);
+      for (Sum& sum : expected) sum.add(accumulate ? 0.5 : 0);
       for (int d = 0; d < directions; ++d)
         for (int64_t n = 0; n < N; ++n)
           for (int64_t k = 0; k < K; ++k)
@@ -207,6 +207,7 @@ TEST_CASE("the input's gradient equals the reference") {
               expected[n * I + c].add(grads[d][n * stride + k] * weights[d][k * I + c]);
       for (Isa isa : supported_isas()) {
         Array actual(dtype, N * I);
+        for (int64_t j = 0; accumulate && j < N * I; ++j) actual.set(j, 0.5);
         cpu_input_gradient(isa,
                            {dtype,
                             directions,
@@ -216,12 +217,14 @@ TEST_CASE("the input's gradient equals the reference") {
                             stride,
                             {grads[0].at(0), grads[1].at(0)},
                             {weights[0].at(0), weights[1].at(0)},
-                            actual.at(0)},
+                            actual.at(0),
+                            accumulate},
                            kOneThread);
         int64_t wrong = 0;
         for (int64_t j = 0; j < N * I; ++j)
           wrong += !expected[j].equals(actual[j], dtype, directions * K + 2);
-        INFO(isa, " ", dtype, " N=", N, " K=", K, " I=", I, " D=", directions);
+        INFO(isa, " ", dtype, " N=", N, " K=", K, " I=", I, " D=", directions,
+             " accumulate=", accumulate);
         CHECK(wrong == 0);
       }
     }
@@ -238,7 +241,11 @@ TEST_CASE("outer products and the sums of rows equal the reference") {
       const int64_t stride = rows + random.one_of({0, 7});
       const int64_t bias_count = random.integer(0, 2);
       const Array left = random.array(dtype, N * stride, 1);
+      const bool accumulate = i % 2;
+      const double before = accumulate ? 0.25 : 0;
+      const DType of_result = accumulate ? accumulation(dtype) : dtype;
       std::vector<Sum> expected_sums(rows);
+      for (Sum& sum : expected_sums) sum.add(before);
       for (int64_t j = 0; j < N * rows; ++j)
         expected_sums[j % rows].add(left[j / rows * stride + j % rows]);
 
@@ -248,6 +255,7 @@ TEST_CASE("outer products and the sums of rows equal the reference") {
       for (int i = 0; i < 2; ++i) {
         right[i] = random.array(dtype, N * columns[i], 1);
         expected[i].resize(rows * columns[i]);
+        for (Sum& sum : expected[i]) sum.add(before);
         for (int64_t n = 0; n < N; ++n) {
           const int64_t other = random.integer(0, N - 1);
           pointers[i].push_back(right[i].at(other * columns[i]));
@@ -260,8 +268,10 @@ TEST_CASE("outer products and the sums of rows equal the reference") {
       for (Isa isa : supported_isas()) {
         std::array<Array, 2> actual, sums;
         for (int i = 0; i < 2; ++i) {
-          actual[i] = Array(dtype, rows * columns[i]);
-          sums[i] = Array(dtype, i < bias_count ? rows : 0);
+          actual[i] = Array(of_result, rows * columns[i]);
+          sums[i] = Array(of_result, i < bias_count ? rows : 0);
+          for (Array* results : {&actual[i], &sums[i]})
+            for (int64_t j = 0; accumulate && j < results->size(); ++j) results->set(j, before);
         }
         cpu_outer_product(isa,
                           {dtype,
@@ -271,14 +281,15 @@ TEST_CASE("outer products and the sums of rows equal the reference") {
                            stride,
                            {{pointers[0].data(), columns[0], actual[0].at(0)},
                             {pointers[1].data(), columns[1], actual[1].at(0)}},
-                           {sums[0].at(0), sums[1].at(0)}},
+                           {sums[0].at(0), sums[1].at(0)},
+                           accumulate},
                           kOneThread);
         int64_t wrong = 0;
         for (int i = 0; i < 2; ++i) {
           for (int64_t j = 0; j < actual[i].size(); ++j)
-            wrong += !expected[i][j].equals(actual[i][j], dtype, N + 2);
+            wrong += !expected[i][j].equals(actual[i][j], of_result, N + 3);
           for (int64_t r = 0; r < sums[i].size(); ++r)
-            wrong += !expected_sums[r].equals(sums[i][r], dtype, N + 2);
+            wrong += !expected_sums[r].equals(sums[i][r], of_result, N + 3);
         }
         INFO(isa, " ", dtype, " N=", N, " rows=", rows, " columns=", columns[0], "+", columns[1]);
         CHECK(wrong == 0);

@@ -101,11 +101,22 @@ class Array {
 
   void set(int64_t i, double x) {
     switch (dtype_) {
-      case DType::f32: return put(i, static_cast<float>(x));
-      case DType::f64: return put(i, x);
-      case DType::bf16: return put(i, kBf16.encode(x));
-      case DType::f16: return put(i, kF16.encode(x));
+      case DType::f32: return store(i, static_cast<float>(x));
+      case DType::f64: return store(i, x);
+      case DType::bf16: return store(i, kBf16.encode(x));
+      case DType::f16: return store(i, kF16.encode(x));
     }
+  }
+
+  // Of an empty array, an empty one.
+  Array part(int64_t begin, int64_t count) const {
+    Array result(dtype_, bytes_.empty() ? 0 : count);
+    std::copy_n(bytes_.begin() + (bytes_.empty() ? 0 : begin * size_of(dtype_)),
+                result.bytes_.size(), result.bytes_.begin());
+    return result;
+  }
+  void put(int64_t begin, const Array& part) {
+    std::copy(part.bytes_.begin(), part.bytes_.end(), bytes_.begin() + begin * size_of(dtype_));
   }
 
   std::vector<double> values() const {
@@ -124,7 +135,7 @@ class Array {
     return e;
   }
   template <class E>
-  void put(int64_t i, E e) {
+  void store(int64_t i, E e) {
     std::memcpy(bytes_.data() + i * sizeof(E), &e, sizeof(E));
   }
 

@@ -101,7 +101,9 @@ void check_case(const Case& c, uint64_t seed) {
     emulation::set_seed(order);
     const Forward result = run_forward(l, c.save, products, forward);
     check_close("output", result.output, expected.output, tol, floor);
-    const Backward grads = run_backward(l, saved, upstream, backward);
+    const int64_t window = order == 0 ? l.T : 1 + static_cast<int64_t>(seed % uint64_t(l.T));
+    CAPTURE(window);
+    const Backward grads = run_backward(l, saved, upstream, backward, window);
     for (int d = 0; d < l.directions; ++d) {
       CAPTURE(d);
       const Forward::Direction &a = result.direction[d], &e = expected.direction[d];

@@ -25,11 +25,15 @@ void check_layer(const Sizes& sizes, uint64_t seed) {
   CHECK(same_results(saved, run_forward(l, false, products.direction, forward), l.directions));
 
   const Upstream upstream(l, seed, seed % 3 == 1, seed % 3 == 2);
-  const Backward grads = run_backward(l, saved, upstream, [&](const BackwardParams& params) {
-    DeviceWorkspace workspace(stepwise_backward_workspace(shape));
-    stepwise_backward(params, workspace.get(), kProduct, nullptr);
-  });
-  check_close(l, grads, reference_backward(l, saved, upstream));
+  const Backward expected = reference_backward(l, saved, upstream);
+  for (int64_t window : {l.T, 1 + static_cast<int64_t>(seed % static_cast<uint64_t>(l.T))}) {
+    CAPTURE(window);
+    const auto backward = [&](const BackwardParams& params) {
+      DeviceWorkspace workspace(stepwise_backward_workspace(shape));
+      stepwise_backward(params, workspace.get(), kProduct, nullptr);
+    };
+    check_close(l, run_backward(l, saved, upstream, backward, window), expected);
+  }
 }
 
 TEST_CASE("stepwise: layers of any size equal the reference") {

@@ -1,0 +1,51 @@
+"""The backward loop in windows of timesteps, of which each has 2048 rows or more: on the CPU where
+the gradients of the gates have memory of their own, everywhere where gates are rebuilt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from helpers import KINDS, assert_as_accurate, each_kind, problem, values_and_gradients
+
+from rnn_fused import ops, reference
+from rnn_fused.reference import CellOptions
+
+rebuilt = partial(ops.layer, recompute=True)
+RAGGED = (150,) * 40 + (70,) * 20 + (11,) * 9  # 7499 rows, three windows of 50 timesteps
+SIZES = {"dense": {"T": 151, "B": 60}, "packed": {"lengths": RAGGED}}  # 9060 rows, four of 38
+
+
+@each_kind
+@pytest.mark.parametrize("layout", SIZES)
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("resets", [None, 0.1], ids=["whole", "resets"])
+def test_windows_agree_with_the_reference(
+    kind: str, layout: str, directions: int, resets: float | None, device: str
+) -> None:
+    case = problem(
+        **KINDS[kind],
+        **SIZES[layout],
+        directions=directions,
+        resets=resets,
+        reset_state=bool(resets),
+        device=device,
+    )
+    exact = values_and_gradients(case, reference.layer)
+    # With the graph kept, saved gates stay what they are.
+    for layer, retain_graph in ((rebuilt, False), (ops.layer, True)):
+        ours = values_and_gradients(case, layer, retain_graph)
+        torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_windows_add_no_error(kind: str, dtype: torch.dtype, device: str) -> None:
+    case = problem(**KINDS[kind], T=150, B=60, directions=2, dtype=dtype, device=device)
+    case = replace(case, options=CellOptions(gate_slope=1.5))
+    exact = values_and_gradients(case.to(torch.float64), reference.layer)
+    assert_as_accurate(
+        values_and_gradients(case, rebuilt), values_and_gradients(case, ops.layer), exact
+    )
