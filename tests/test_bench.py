@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,21 @@ def test_what_cannot_be_compared_is_known_before(monkeypatch: pytest.MonkeyPatch
     assert grid.entrants(Case(gru, torch.float32, "training", CPU), ["naive"])[0] == ["naive"]
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
+def test_onnx_runtime_infers_the_same(cell: str) -> None:
+    for package in ("onnx", "onnxruntime"):
+        pytest.importorskip(package)
+    problem = Problem(cell, T=5, B=3, I=4, H=8)
+    case = Case(problem, torch.float32, "inference", CPU)
+    assert [*contenders(case, ["onnxruntime"])] == ["torch.nn", "onnxruntime"]  # and verified
+    assert grid.entrants(case, ["onnxruntime"])[0] == ["onnxruntime"]
+    for other in (replace(case, pass_="training"), replace(case, dtype=torch.bfloat16)):
+        reason = "compared on the CPU, in float32 inference"
+        assert grid.entrants(other, ["onnxruntime"])[1] == {"onnxruntime": reason}
+    stack = replace(case, problem=replace(problem, layers=2))
+    assert grid.entrants(stack, ["onnxruntime"])[1] == {"onnxruntime": "compared on one layer"}
+
+
 def test_the_same_problems_on_the_cpu() -> None:
     rows = devices.compare(Case(SMALL, torch.float32, "training", CPU), Settings(budget_s=0))
     names = ["torch.nn", "rnn_fused"]
@@ -330,7 +346,7 @@ def test_cuda_has_defaults_of_its_own() -> None:
         "rnn_fused", "rnn_fused stepwise", "rnn_fused persistent", "flashrnn", "torchrl", "naive",
     }  # fmt: skip
     assert options.sections == ("devices", "grid")
-    assert parse([]).providers == ("rnn_fused", "naive")
+    assert parse([]).providers == ("rnn_fused", "onnxruntime", "naive")
     everything = load_grids()
     assert all(p in options.problems for p in everything["flashrnn"])
     assert len(set(options.problems)) == len(options.problems)
@@ -374,7 +390,7 @@ def test_failures_do_not_end_the_run_but_fail_it(
     assert len(content["failures"]) == 4
     with (tmp_path / "out" / "rows.csv").open() as file:
         found = {row["provider"] for row in csv.DictReader(file)}
-    assert found == {"torch.nn", "rnn_fused", "rnn_fused persistent"}
+    assert found - {*providers.OTHERS} == {"torch.nn", "rnn_fused", "rnn_fused persistent"}
 
 
 def test_a_lost_device_ends_the_run_with_what_there_is(
@@ -440,7 +456,9 @@ def test_command_line_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert name in shown
     with (output / "rows.csv").open() as file:
         rows = list(csv.DictReader(file))
-    grid_rows = [r for r in rows if r["section"] == "grid"]
+    grid_rows = [
+        r for r in rows if r["section"] == "grid" and r["provider"] not in providers.OTHERS
+    ]
     assert len(grid_rows) == 2 * 2 * 2 * 3  # problems, dtypes, passes, providers
     assert {r["provider"] for r in grid_rows} == {"torch.nn", "rnn_fused", "naive"}
     assert all(float(r["p20_ms"]) <= float(r["p50_ms"]) <= float(r["p80_ms"]) for r in rows)

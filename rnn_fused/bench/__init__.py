@@ -4,7 +4,8 @@
 |---|---|
 | `timer.py` | the interleaving timer: contenders take turns, ratios are paired |
 | `problems.py`, `grids.json` | the sizes of the field |
-| `providers.py`, `workload.py` | whose layer is timed; one pass of it, verified against float64 |
+| `providers.py`, `onnx_layer.py` | whose layer is timed |
+| `workload.py` | one pass of it, verified against float64 |
 | `grid.py`, `devices.py`, `ragged.py`, `forecaster.py` | the sections |
 | `memory.py`, `footprint.py` | peak memory, a command of its own; the same counted from shapes |
 | `records.py`, `summary.py` | the CSV schema; means, losses, worst rows |

@@ -11,7 +11,7 @@ import torch
 
 from .extras import MissingExtraError
 from .problems import GATES, GRIDS, PASSES, load_grids
-from .providers import FAMILIES, OTHERS, forced
+from .providers import FAMILIES, PEERS, forced
 from .session import LostDeviceError, Options, Session
 from .workload import WrongResultError
 
@@ -42,10 +42,11 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         prog="python -m rnn_fused.bench",
         description="Time rnn_fused against torch.nn and a naive Python loop, interleaved in one "
         "process; train a forecaster with both; write CSV, JSON and plots. Without options: the "
-        "everyday grid in float32 and bfloat16, inference and training, in a few minutes. On CUDA "
-        "also every family of kernels, FlashRNN and TorchRL where they are installed, the time of "
-        "the recurrence alone and the memory, on the grids deepbench_train, flashrnn, rl and "
-        "everyday in bfloat16, float16 and float32 (TF32, as torch.nn): give it --seconds.",
+        "everyday grid in float32 and bfloat16, inference and training, in a few minutes, beside "
+        "ONNX Runtime (float32 inference) where it is installed. On CUDA also every family of "
+        "kernels, FlashRNN and TorchRL where they are installed, the time of the recurrence alone "
+        "and the memory, on the grids deepbench_train, flashrnn, rl and everyday in bfloat16, "
+        "float16 and float32 (TF32, as torch.nn): give it --seconds.",
     )
     parser.add_argument("--grid", nargs="+", metavar="NAME", help="grids of the grid file")
     parser.add_argument("--grid-file", type=Path, default=GRIDS, help="JSON file of the grids")
@@ -94,7 +95,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         providers=(
             "rnn_fused",
             *(forced(family) for family in chosen.families),
-            *(() if on_cpu else OTHERS),
+            *PEERS["cpu" if on_cpu else "cuda"],
             *(() if chosen.no_naive else ("naive",)),
         ),
         seconds=chosen.seconds,

@@ -48,7 +48,8 @@ def most_wanted_first(cases: Iterable[Case]) -> list[Case]:
 
 def entrants(case: Case, providers: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     """Those of `providers` to try, and why not the others."""
-    refused = {p: obstacle(p, case.problem, case.dtype, case.device) for p in providers}
+    what = case.problem, case.dtype, case.device, case.pass_
+    refused = {p: obstacle(p, *what) for p in providers}
     if case.device.type != "cpu" and case.problem.T > SLOW_STEPS:
         refused |= {p: f"T > {SLOW_STEPS}" for p in refused if p in SLOW}
     return [p for p, why in refused.items() if not why], {p: w for p, w in refused.items() if w}

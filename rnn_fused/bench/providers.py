@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .onnx_layer import OnnxRuntimeLayer
 from .problems import Problem
 
 FAMILIES = ("stepwise", "persistent", "cudnn")  # of CUDA kernels, beside what the plan chooses
-OTHERS = ("flashrnn", "torchrl")
+PEERS = {"cpu": ("onnxruntime",), "cuda": ("flashrnn", "torchrl")}  # where they are compared
+OTHERS = tuple(name for names in PEERS.values() for name in names)
 SLOW = ("naive", "torchrl")  # loops in Python
 
 
@@ -121,16 +123,26 @@ PROVIDERS: dict[str, Callable[[Problem], nn.Module]] = {
     "rnn_fused recompute": lambda problem: layer_from(ours(), problem, save="recompute"),
     **{forced(family): partial(Forced, family=family) for family in FAMILIES},
     "naive": NaiveLoop,
+    "onnxruntime": lambda problem: OnnxRuntimeLayer(problem, layer_from(nn, problem)),
     "flashrnn": FlashRNN,
     "torchrl": torchrl_layer,
 }
 
 
-def obstacle(provider: str, problem: Problem, dtype: torch.dtype, device: torch.device) -> str:
+def obstacle(
+    provider: str, problem: Problem, dtype: torch.dtype, device: torch.device, pass_: str
+) -> str:
     """Why a provider cannot run a problem, as far as that can be told before trying; or ""."""
     if provider in OTHERS and find_spec(provider) is None:
         return "not installed"
-    if provider == "flashrnn":
+    if provider == "onnxruntime":
+        if find_spec("onnx") is None:
+            return "needs the package onnx, which is not installed"
+        if device.type != "cpu" or dtype != torch.float32 or pass_ != "inference":
+            return "compared on the CPU, in float32 inference"
+        if problem.layers > 1:
+            return "compared on one layer"
+    elif provider == "flashrnn":
         if problem.cell != "lstm" or dtype.itemsize != 2 or device.type != "cuda":
             return "compared on CUDA, for the LSTM in 16 bits"
     elif provider == "torchrl" and problem.cell not in ("lstm", "gru"):
