@@ -21,10 +21,10 @@ Host torch_threads() {
 // The large products around the loop are our own: they keep the pre-activations in the cache and in
 // float, and give the same bits for any number of threads. But only torch's library uses AMX, by
 // far the fastest for bfloat16.
-bool by_library(const Layer& layer, int64_t rows, int64_t columns) {
+bool by_library(DType dtype, int64_t N, int64_t rows, int64_t columns) {
   constexpr double kLargeProduct = 4e6;  // multiply-adds
-  return layer.shape.dtype == DType::bf16 &&
-         static_cast<double>(layer.rows) * rows * columns >= kLargeProduct && has_amx_bf16();
+  return dtype == DType::bf16 && static_cast<double>(N) * rows * columns >= kLargeProduct &&
+         has_amx_bf16();
 }
 
 ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, OptionalTensor reset_hx,
@@ -36,7 +36,8 @@ ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, Optiona
                              bool save_cells) {
   const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
                     weight_hr, batch_sizes, resets, cell, gate_slope, cell_clip, grad_clip);
-  const bool input_by_library = by_library(layer, layer.G() * layer.shape.H, layer.I);
+  const bool input_by_library =
+      by_library(layer.shape.dtype, layer.rows, layer.G() * layer.shape.H, layer.I);
   const ForwardPass pass(layer, save_gates, save_cells, input_by_library);
   if (layer.shape.B > 0) {
     if (input_by_library) pass.multiply_input();
@@ -80,7 +81,7 @@ Rows previous_h(const Layer& layer, const Window& window, int d) {
 }
 
 const void* input_of(const Layer& layer, const Window& window, int d) {
-  return at(layer.input, window.rows[d].begin * layer.I);
+  return at(OptionalTensor(layer.input), window.rows[d].begin * layer.I);
 }
 
 void rebuild_gates(const Layer& layer, const Window& window) {
@@ -91,20 +92,20 @@ void rebuild_gates(const Layer& layer, const Window& window) {
     cpu_gates(selected_isa(),
               {window.cell, window.dtype, window.options, window.count(d), layer.I, window.H,
                window.P, input_of(layer, window, d), h.data(), layer.weight_ih[d].const_data_ptr(),
-               dir.weight_hh, dir.bias_ih, dir.bias_hh, dir.grad_gates},
+               dir.weight_hh, dir.bias_ih, dir.bias_hh, dir.grad_gates, repays_packing(window)},
               torch_threads());
   }
 }
 
 // The library sums in the type of the layer, so that it makes no sums of windows.
-bool outer_product_by_library(const Layer& layer, const OuterProductParams& p) {
-  return !p.accumulate && by_library(layer, p.rows, p.right[0].columns + p.right[1].columns);
+bool by_library(const OuterProductParams& p) {
+  return !p.accumulate && by_library(p.dtype, p.N, p.rows, p.right[0].columns + p.right[1].columns);
 }
 
 // cpu_outer_product; left stands in `grads`, at element `offset`.
 void outer_product(const Layer& layer, const OuterProductParams& p, const Tensor& grads,
                    int64_t offset) {
-  if (!outer_product_by_library(layer, p)) {
+  if (!by_library(p)) {
     cpu_outer_product(selected_isa(), p, torch_threads());
     return;
   }
@@ -180,19 +181,18 @@ void input_gradient(const Layer& layer, const BackwardPass& pass, const Window& 
                     const Tensor& grad_input) {
   const int64_t I = layer.I, GH = layer.G() * window.H, SH = layer.S() * window.H;
   // Directions that come to the same rows in the same window are one product.
-  const int together = pass.several() ? 1 : window.directions;
-  const bool accumulate = together < window.directions;
+  const int together = pass.adds_to_input() ? 1 : window.directions;
   for (int d = 0; d < window.directions; d += together) {
     const int64_t N = window.count(d), origin = window.rows[d].begin * I;
     if (N == 0) continue;
-    if (by_library(layer, GH, I)) {
+    if (by_library(window.dtype, N, GH, I)) {
       for (int i = d; i < d + together; ++i)
         matmul(matrix(pass.grad_gates, N, GH, SH, 1, pass.origin(i, SH)), layer.weight_ih[i],
-               matrix(grad_input, N, I, I, 1, origin), accumulate || i > 0);
+               matrix(grad_input, N, I, I, 1, origin), pass.adds_to_input() || i > 0);
       continue;
     }
-    InputGradientParams params{window.dtype,           together,  N, GH, I, SH, {}, {},
-                               at(grad_input, origin), accumulate};
+    InputGradientParams params{
+        window.dtype, together, N, GH, I, SH, {}, {}, at(grad_input, origin), pass.adds_to_input()};
     for (int i = 0; i < together; ++i) {
       params.grad_gates[i] = window.direction[d + i].grad_gates;
       params.weight_ih[i] = layer.weight_ih[d + i].const_data_ptr();
@@ -215,9 +215,11 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
                                bool need_weights) {
   const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
                     weight_hr, batch_sizes, resets, cell, gate_slope, cell_clip, grad_clip);
+  // Of one window the library makes the gradients of weights, of several not.
+  const bool windowed = layer.shape.dtype != DType::bf16 || !has_amx_bf16();
   const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, grad_cells, output, gates, cells,
-                          kOverwriteGates, true);
-  const Gradients grads(layer, need_input, need_weights, pass.several());
+                          kOverwriteGates, windowed);
+  const Gradients grads(layer, pass, need_input, need_weights);
   for (int64_t k = 0; k < pass.windows(); ++k) {
     const Window window = pass.window(k);
     if (pass.rebuild_gates) rebuild_gates(layer, window);
@@ -226,7 +228,7 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
     if (need_weights) weight_gradients(layer, pass, window, grads);
   }
   if (need_input && layer.has_tail()) zero_known_tail(layer, grads.input, 1, layer.I);
-  return pass.results(grads, need_state, reset_hx.has_value());
+  return grads.results(layer, pass, need_state, reset_hx.has_value());
 }
 
 }  // namespace

@@ -232,7 +232,7 @@ void input_gradient(const Layer& layer, const BackwardPass& pass, const Window& 
   for (int d = 0; d < window.directions; ++d) {
     const int64_t N = window.count(d);
     if (N == 0) continue;
-    const bool accumulate = d > 0 || (pass.several() && window.directions == 2);
+    const bool accumulate = d > 0 || pass.adds_to_input();
     matmul(matrix(pass.grad_gates, N, GH, SH, 1, pass.origin(d, SH)), layer.weight_ih[d],
            matrix(grad_input, N, I, I, 1, window.rows[d].begin * I), accumulate);
   }
@@ -309,7 +309,7 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
   // Each window is a launch more, which is not known to pay where the gates are there.
   const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, grad_cells, output, gates, cells,
                           kOverwriteGates, false);
-  const Gradients grads(layer, need_input, need_weights, pass.several());
+  const Gradients grads(layer, pass, need_input, need_weights);
   const BackwardLoop loop(layer, plan, precision, device.stream);
   for (int64_t k = 0; k < pass.windows(); ++k) {
     const Window window = pass.window(k);
@@ -327,7 +327,7 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
     if (need_weights) weight_gradients(layer, pass, window, grads, device.stream);
   }
   if (need_input && layer.rows < layer.N) zero_known_tail(layer, grads.input, 1, layer.I);
-  return pass.results(grads, need_state, reset_hx.has_value());
+  return grads.results(layer, pass, need_state, reset_hx.has_value());
 }
 
 #ifndef RNN_FUSED_EMULATION

@@ -103,61 +103,11 @@ struct ForwardPass {
 
 using BackwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors>;
 
-// Steps of a window, where the gradients of the gates have memory of their own: a sixteenth of all
-// bounds that memory, and fewer than so many rows do not repay what a window costs.
-inline int64_t steps_of_a_window(const Layer& layer) {
-  constexpr int64_t kWindows = 16, kRows = 2048;
-  const int64_t windows = std::clamp<int64_t>(layer.rows / kRows, 1, kWindows);
-  return std::max<int64_t>((layer.shape.T + windows - 1) / windows, 1);
-}
-
 // A window of the loop, and the rows of each direction that it computes.
 struct Window : BackwardParams {
   Range rows[2];
 
   int64_t count(int d) const { return rows[d].end - rows[d].begin; }
-};
-
-// What the large products behind the loop make: the gradients of the input and of all directions'
-// weights. Of several windows they are sums: of the input's, only where two directions come to the
-// same rows; those of weights in the accumulation type.
-struct Gradients {
-  Tensor input;
-  Tensors ih, hh, bias_ih, bias_hh, hr;
-
-  Gradients(const Layer& layer, bool need_input, bool need_weights, bool several_windows)
-      : dtype_(layer.dtype()) {
-    const LayerShape& s = layer.shape;
-    const int64_t D = layer.D(), GH = layer.G() * s.H;
-    input = layer.allocate_if(need_input, layer.rows_shape(layer.I));
-    if (several_windows && D == 2) torch::stable::zero_(input);
-    if (!need_weights) return;
-    const auto gradient = [&](const std::vector<int64_t>& sizes) {
-      if (several_windows) return allocate_zeros(layer.input, sizes, layer.cell_dtype());
-      return layer.rows > 0 ? allocate(layer.input, sizes) : allocate_zeros(layer.input, sizes);
-    };
-    for (int64_t d = 0; d < D; ++d) {
-      ih.push_back(gradient({GH, layer.I}));
-      hh.push_back(gradient({GH, s.P}));
-      if (!layer.bias_ih.empty()) {
-        bias_ih.push_back(gradient({GH}));
-        bias_hh.push_back(gradient({GH}));
-      }
-      if (s.projected()) hr.push_back(gradient({s.P, s.H}));
-    }
-  }
-
-  // In the order of the operator's arguments.
-  Tensors weights() const {
-    Tensors tensors;
-    for (const Tensors* list : {&ih, &hh, &bias_ih, &bias_hh, &hr})
-      for (const Tensor& t : *list)
-        tensors.push_back(t.scalar_type() == dtype_ ? t : torch::stable::to(t, dtype_));
-    return tensors;
-  }
-
- private:
-  ScalarType dtype_;
 };
 
 struct BackwardPass {
@@ -188,9 +138,8 @@ struct BackwardPass {
     // Every loop reads the gates of a row and unit where it then writes their gradients.
     const bool in_place = overwrite_gates && gates.defined();
     gates_are_grads_ = in_place || rebuild_gates;
-    const bool whole = in_place || !(windowed || rebuild_gates) || s.sizes_on_device;
-    steps_ = whole ? s.T : steps_of_a_window(layer);
-    room_ = in_place ? N : most_rows();
+    divide(in_place || !(windowed || rebuild_gates) || s.sizes_on_device);
+    if (in_place) room_ = N;
     grad_gates = in_place ? gates : allocate(layer.input, {D, room_, layer.S() * H});
     if (layer.lstm()) {
       RNN_FUSED_CHECK(cells_.numel() == D * N * H && cells_.scalar_type() == layer.cell_dtype() &&
@@ -228,26 +177,29 @@ struct BackwardPass {
     }
   }
 
-  bool several() const { return steps_ < layer_.shape.T; }
-  int64_t windows() const { return (layer_.shape.T + steps_ - 1) / steps_; }
+  int64_t windows() const { return static_cast<int64_t>(borders_.size()) - 1; }
+  bool several() const { return windows() > 1; }
+  // Whether two directions come to the same rows of the input's gradient in different windows.
+  bool adds_to_input() const { return several() && layer_.D() == 2; }
 
   // In the order in which the loop comes to them.
   Window window(int64_t k) const {
     const LayerShape& s = layer_.shape;
     const int64_t N = layer_.N, H = s.H, SH = layer_.S() * H;
-    Window w{{s, {}, layer_.D() * s.P, k * steps_, std::max<int64_t>(s.T - (k + 1) * steps_, 0)},
-             {}};
-    const auto gates_of = [&](int d) -> const void* {
-      if (gates_are_grads_) return at(grad_gates, d * room_ * SH);
-      return gates.defined() ? at(gates, (d * N + w.rows[d].begin) * SH) : nullptr;
+    Window w{{s, {}, layer_.D() * s.P, borders_[k], s.T - borders_[k + 1]}, {}};
+    const auto given = [](bool there, const Tensor& t) {
+      return there ? OptionalTensor(t) : OptionalTensor();
     };
+    const OptionalTensor saved_gates = given(gates.defined(), gates);
+    const OptionalTensor saved_cells = given(layer_.lstm(), cells);
+    const OptionalTensor saved_output = output;
     for (int d = 0; d < s.directions; ++d) {
       w.rows[d] = rows_of(w.timesteps(d));
-      const OptionalTensor saved_cells = layer_.lstm() ? OptionalTensor(cells) : OptionalTensor();
       w.direction[d] = {layer_.direction(d),
-                        gates_of(d),
+                        gates_are_grads_ ? at(grad_gates, d * room_ * SH)
+                                         : at(saved_gates, (d * N + w.rows[d].begin) * SH),
                         at(saved_cells, d * N * H),
-                        at(output, d * s.P),
+                        at(saved_output, d * s.P),
                         at(grad_output, d * s.P),
                         at(grad_h_n, d * s.B * s.P),
                         layer_.lstm() ? at(grad_c_n, d * s.B * H) : nullptr,
@@ -269,24 +221,6 @@ struct BackwardPass {
   // Where direction d begins in matrices [D, M, columns].
   int64_t origin(int d, int64_t columns) const { return d * room_ * columns; }
 
-  // The operator's results, of which the caller wants some; reset_state: it gave the reset state.
-  // No two of them share memory.
-  BackwardTensors results(const Gradients& grads, bool need_state, bool reset_state) const {
-    const auto given = [&](bool needed, const Tensor& grad) {
-      return needed ? grad : layer_.allocate_if(false, {});
-    };
-    const auto rounded = [&](const OptionalTensor& sums) {
-      return sums && need_state && reset_state ? torch::stable::to(*sums, layer_.dtype())
-                                               : layer_.allocate_if(false, {});
-    };
-    return {grads.input,
-            given(need_state, grad_hx),
-            given(need_state, grad_cx),
-            rounded(grad_reset_hx),
-            rounded(grad_reset_cx),
-            grads.weights()};
-  }
-
  private:
   Range rows_of(Range timesteps) const {
     if (!several()) return {0, layer_.rows};
@@ -296,13 +230,94 @@ struct BackwardPass {
     return {start(timesteps.begin), start(timesteps.end)};
   }
 
-  // Of a window: that of the earliest timesteps, which hold the most sequences, in each direction.
-  int64_t most_rows() const { return rows_of({0, steps_}).end; }
+  // Into windows with a sixteenth of the rows, which bounds the memory of a window, and no fewer
+  // than repay what one costs: a pass over the sums of weights' gradients, and over all sequences.
+  void divide(bool whole) {
+    constexpr int64_t kWindows = 16, kRows = 2048;
+    const LayerShape& s = layer_.shape;
+    borders_ = {0};
+    room_ = 0;
+    const int64_t most = whole ? 1 : layer_.rows / std::max(kRows, s.B);
+    const int64_t wanted = std::clamp<int64_t>(most, 1, kWindows);
+    const int64_t enough = (layer_.rows + wanted - 1) / wanted;
+    for (int64_t step = 0, up = 0, down = 0; wanted > 1 && step < s.T; ++step) {
+      up += s.active(step);  // of the reverse direction, which begins with the first timestep
+      down += s.active(s.T - 1 - step);
+      const int64_t rows = s.directions == 2 ? std::max(up, down) : down;
+      room_ = std::max(room_, rows);
+      if (rows < enough || step == s.T - 1) continue;
+      borders_.push_back(step + 1);
+      up = down = 0;
+    }
+    borders_.push_back(s.T);
+    if (!several()) room_ = layer_.rows;
+  }
 
   const Layer& layer_;
-  int64_t steps_ = 0;             // of a window
-  int64_t room_ = 0;              // M
+  std::vector<int64_t> borders_;  // steps at which a window begins, and T
+  int64_t room_ = 0;              // M: the rows of the largest window
   bool gates_are_grads_ = false;  // whose memory they share
+};
+
+// What the large products behind the loop make: the gradients of the input and of all directions'
+// weights. Of several windows they are sums: of the input's, only where two directions come to the
+// same rows; those of weights in the accumulation type.
+struct Gradients {
+  Tensor input;
+  Tensors ih, hh, bias_ih, bias_hh, hr;
+
+  Gradients(const Layer& layer, const BackwardPass& pass, bool need_input, bool need_weights)
+      : dtype_(layer.dtype()) {
+    const LayerShape& s = layer.shape;
+    const int64_t D = layer.D(), GH = layer.G() * s.H;
+    input = layer.allocate_if(need_input, layer.rows_shape(layer.I));
+    if (pass.adds_to_input()) torch::stable::zero_(input);
+    if (!need_weights) return;
+    const auto gradient = [&](const std::vector<int64_t>& sizes) {
+      if (pass.several()) return allocate_zeros(layer.input, sizes, layer.cell_dtype());
+      return layer.rows > 0 ? allocate(layer.input, sizes) : allocate_zeros(layer.input, sizes);
+    };
+    for (int64_t d = 0; d < D; ++d) {
+      ih.push_back(gradient({GH, layer.I}));
+      hh.push_back(gradient({GH, s.P}));
+      if (!layer.bias_ih.empty()) {
+        bias_ih.push_back(gradient({GH}));
+        bias_hh.push_back(gradient({GH}));
+      }
+      if (s.projected()) hr.push_back(gradient({s.P, s.H}));
+    }
+  }
+
+  // The operator's results, of which the caller wants some; reset_state: it gave the reset state.
+  // No two of them share memory.
+  BackwardTensors results(const Layer& layer, const BackwardPass& pass, bool need_state,
+                          bool reset_state) const {
+    const auto given = [&](bool needed, const Tensor& grad) {
+      return needed ? grad : layer.allocate_if(false, {});
+    };
+    const auto rounded = [&](const OptionalTensor& sums) {
+      return sums && need_state && reset_state ? torch::stable::to(*sums, dtype_)
+                                               : layer.allocate_if(false, {});
+    };
+    return {input,
+            given(need_state, pass.grad_hx),
+            given(need_state, pass.grad_cx),
+            rounded(pass.grad_reset_hx),
+            rounded(pass.grad_reset_cx),
+            weights()};
+  }
+
+ private:
+  // In the order of the operator's arguments.
+  Tensors weights() const {
+    Tensors tensors;
+    for (const Tensors* list : {&ih, &hh, &bias_ih, &bias_hh, &hr})
+      for (const Tensor& t : *list)
+        tensors.push_back(t.scalar_type() == dtype_ ? t : torch::stable::to(t, dtype_));
+    return tensors;
+  }
+
+  ScalarType dtype_;
 };
 
 }  // namespace rnn_fused

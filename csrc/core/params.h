@@ -141,8 +141,9 @@ struct BackwardDirection : DirectionWeights {
   // With a projection only: what dW_hr = grad_projected^T hidden needs.
   void* grad_projected;  // [M, P] total gradient of h
   void* hidden;          // [M, H] o * tanh(c), recomputed
-  void* grad_h0;         // [B, P]
-  void* grad_c0;         // [B, H]; LSTM only
+  // Written by the last window.
+  void* grad_h0;  // [B, P]
+  void* grad_c0;  // [B, H]; LSTM only
   // In the accumulation type, and added to; null without resets.
   void* grad_reset_h = nullptr;  // [B, P]
   void* grad_reset_c = nullptr;  // [B, H]; LSTM only
@@ -165,8 +166,8 @@ struct BackwardParams : LayerShape {
   }
 };
 
-// The activated gates of one direction of an LSTM or GRU, from the h's of its forward pass. N at
-// least 1.
+// The activated gates of some rows of one direction of an LSTM or GRU, from the h's of its forward
+// pass. N at least 1.
 struct GatesParams {
   Cell cell;
   DType dtype;
@@ -176,6 +177,7 @@ struct GatesParams {
   const void* const* h_prev;  // N pointers to rows of P: h before each row's step
   const void *weight_ih, *weight_hh, *bias_ih, *bias_hh;  // as in ForwardDirection
   void* gates;                                            // [N, S*H]
+  bool pack = true;  // rearrange the weights, as the forward pass did: it decides the order of sums
 };
 
 // dx = sum over directions of grad_gates[:, :K] @ weight_ih. N at least 1.

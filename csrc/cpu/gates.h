@@ -1,6 +1,6 @@
-// The activated gates of all rows at once, rebuilt for the backward pass. Every h is known by then,
-// so that no row waits for another: two large products, from the tiles of the loop, which therefore
-// give the very bits of the forward pass.
+// The activated gates of many rows at once, rebuilt for the backward pass. Every h is known by
+// then, so that no row waits for another: two large products, from the tiles of the loop, which
+// therefore give the very bits of the forward pass.
 #pragma once
 
 #include "csrc/core/cells.h"
@@ -31,8 +31,8 @@ class Gates {
         ldx_(padded_depth<T>(p_.I)),
         ldh_(padded_depth<T>(p_.P)),
         bias_(p_.H, p_.bias_ih, p_.bias_hh),
-        input_(p_.weight_ih, p_.H, p_.I, p_.N >= kRowsToRepayPacking, Bias::kFirstGate),
-        recurrent_(p_.weight_hh, p_.H, p_.P, p_.N >= kRowsToRepayPacking),
+        input_(p_.weight_ih, p_.H, p_.I, p_.pack, Bias::kFirstGate),
+        recurrent_(p_.weight_hh, p_.H, p_.P, p_.pack),
         x_(Buffer<Operand<T>>::zeros(parts_ * kBlock * ldx_)),
         h_(Buffer<Operand<T>>::zeros(parts_ * kBlock * ldh_)),
         sums_(parts_ * kBlock * input_.panel_count() * kSlot) {}

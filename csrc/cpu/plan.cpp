@@ -10,7 +10,7 @@ Plan plan_layer(const LayerShape& s, int threads) {
   constexpr int64_t kUnitsOfAPart = 64;  // fewer leave parts without a panel, which only wait
 
   Plan plan;
-  plan.pack = static_cast<double>(s.T) * s.B >= kRowsToRepayPacking;
+  plan.pack = repays_packing(s);
   const double columns = gate_count(s.cell) * s.H + (s.projected() ? s.H : 0);
   const double step = columns * s.P * s.B * s.directions;
   if (threads == 1 || step * s.T < kWorkToRepayThreads) return plan;

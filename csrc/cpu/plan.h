@@ -21,6 +21,11 @@ struct Plan {
   int64_t unit_parts = 1;
 };
 
+// Whether a layer rearranges its weights, which decides the order of its sums.
+inline bool repays_packing(const LayerShape& shape) {
+  return static_cast<double>(shape.T) * shape.B >= kRowsToRepayPacking;
+}
+
 // A pure function of the layer's shape.
 Plan plan_layer(const LayerShape& shape, int threads);
 

@@ -1,4 +1,4 @@
-// The backward pass of all timesteps in one launch: the chain of dh (and dc) through time.
+// The backward pass of a window of timesteps in one launch: the chain of dh (and dc) through time.
 //
 // Each block owns hidden units of one direction, and their columns of W_hh in registers and shared
 // memory, where dh and dc stay too. The gradients of the pre-activations go from block to block

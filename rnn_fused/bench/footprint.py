@@ -14,6 +14,7 @@ from .workload import Case
 
 SAVED = {"lstm": 4, "gru": 4}  # values per unit that the forward pass saves; of an RNN none
 WINDOWS, ROWS_OF_A_WINDOW = 16, 2048  # of the backward loop: at most, and at least
+REBUILT_SUMS = 1 << 22  # values that CUDA sums at a time for the gates of a window
 ROWS_OF_A_BLOCK = 1024  # beyond which the CPU sums weights' gradients in float64 between blocks
 
 
@@ -33,7 +34,8 @@ def footprint(case: Case, *, recompute: bool = False) -> Counter[str]:
     saved = 0 if recompute else SAVED.get(problem.cell, 0)
     # Saved gates make room for their gradients; other gradients are there for a window at a time.
     windowed = (recompute and gated) or not (gated or on_cuda)
-    windows = min(max(rows // ROWS_OF_A_WINDOW, 1), WINDOWS) if windowed else 1
+    windows = rows // max(ROWS_OF_A_WINDOW, problem.B) if windowed else 1
+    windows = min(max(windows, 1), WINDOWS)
     steps = ceil(problem.T / windows)
     window = steps * problem.B * problem.H * size
 
@@ -61,6 +63,9 @@ def footprint(case: Case, *, recompute: bool = False) -> Counter[str]:
                 "gradient of the output": 0 if top else h,
                 "gradient of the input": rows * (problem.H if layer else problem.I) * size,
                 "h before each step": window if on_cuda else 0,
+                "sums of rebuilt gates": max(4, size)
+                * min(steps * problem.B * gates * problem.H, REBUILT_SUMS)
+                * (on_cuda and recompute and gated),
                 "gradients of weights": size * sum(map(weights, layers[layer:])),
                 "sums of windows": 4 * weights(layer) if windows > 1 and size == 2 else 0,
                 "sums in float64": 8 * weights(layer) if several_blocks else 0,

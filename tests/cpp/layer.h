@@ -196,7 +196,8 @@ inline Array rebuild_gates(Isa isa, const Layer& l, const Host& host, const Forw
   const DirectionWeights w = l.weights(d);
   cpu_gates(isa,
             {l.cell, l.dtype, l.shape().options, l.N, l.I, l.H, l.P, l.input.at(0), before.data(),
-             l.direction[d].weight_ih.at(0), w.weight_hh, w.bias_ih, w.bias_hh, gates.at(0)},
+             l.direction[d].weight_ih.at(0), w.weight_hh, w.bias_ih, w.bias_hh, gates.at(0),
+             repays_packing(l.shape())},
             host);
   return gates;
 }

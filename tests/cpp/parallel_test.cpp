@@ -59,7 +59,8 @@ void check_same_bits(Sizes sizes, bool by_units) {
       if (by_units && l.directions == host.threads) continue;  // a thread a direction is enough
       REQUIRE((by_units ? plan.unit_parts : plan.row_parts * l.directions) > 1);
       CHECK(run_forward(isa, l, host, true) == forward);
-      CHECK(run_backward(isa, l, host, forward, upstream) == backward);
+      for (int64_t window : {l.T, (l.T + 2) / 3})
+        CHECK(run_backward(isa, l, host, forward, upstream, window) == backward);
     }
   }
 }
