@@ -1,5 +1,5 @@
-"""The backward loop in windows of timesteps: on the CPU where the gradients of the gates have memory
-of their own, everywhere where gates are rebuilt."""
+"""The backward loop in windows of timesteps: on the CPU where the gradients of the gates have
+memory of their own, everywhere where gates are rebuilt."""
 
 from __future__ import annotations
 
