@@ -76,9 +76,9 @@ emulate-plain emulate-asan emulate-tsan:
 	ctest --test-dir build/$@ --output-on-failure --no-tests=error --parallel $(MAX_TESTS)
 
 EMULATED_OPS = build/emulate-plain/tests/emulation/libemulated_ops.so
-# Of the last files not what takes many calls: the kernels are those of the others.
 emulate-ops: EMULATED_PYTEST = $(BIN)/python -m pytest --emulated-cuda $(EMULATED_OPS) \
     --numprocesses $(MAX_JOBS) $(PYTEST_ARGS)
+# Of the last files not what takes many calls: the kernels are those of the others.
 emulate-ops: build emulate-plain
 	cmake -S . -B build/emulate-plain -DRNN_FUSED_TESTS=OFF -DRNN_FUSED_EMULATION=ON \
 	    -DRNN_FUSED_TORCH=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")

@@ -23,13 +23,13 @@ enum class Cell { lstm, gru, rnn_tanh, rnn_relu };
 // Storage type. Maths and accumulation happen in float for the 16-bit types.
 enum class DType { f32, f64, bf16, f16 };
 
-RNN_FUSED_HD constexpr int gate_count(Cell cell) {
-  return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1;
-}
-
 struct Range {
   int64_t begin, end;
 };
+
+RNN_FUSED_HD constexpr int gate_count(Cell cell) {
+  return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1;
+}
 
 // Values kept per unit and row for the backward pass: the GRU adds hn = W_hn h + b_hn to its gates.
 RNN_FUSED_HD constexpr int saved_count(Cell cell) {

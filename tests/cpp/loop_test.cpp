@@ -284,9 +284,9 @@ TEST_CASE("outer products and the sums of rows equal the reference") {
         int64_t wrong = 0;
         for (int i = 0; i < 2; ++i) {
           for (int64_t j = 0; j < actual[i].size(); ++j)
-            wrong += !expected[i][j].equals(actual[i][j], of_result, N + 3);
+            wrong += !expected[i][j].equals(actual[i][j], of_result, N + 2 + accumulate);
           for (int64_t r = 0; r < sums[i].size(); ++r)
-            wrong += !expected_sums[r].equals(sums[i][r], of_result, N + 3);
+            wrong += !expected_sums[r].equals(sums[i][r], of_result, N + 2 + accumulate);
         }
         INFO(isa, " ", dtype, " N=", N, " rows=", rows, " columns=", columns[0], "+", columns[1]);
         CHECK(wrong == 0);

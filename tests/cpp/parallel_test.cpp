@@ -3,7 +3,6 @@
 
 #include <array>
 #include <atomic>
-#include <numeric>
 #include <thread>
 
 #include "tests/cpp/layer.h"
