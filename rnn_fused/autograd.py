@@ -7,7 +7,7 @@ direct calls. Forward-mode AD runs the reference instead.
 
 A layer's *primals* are `input, hx, cx, reset_hx, reset_cx, *slots`, where the slots are its
 weights, field by field and direction by direction, None where absent: Functions take tensors as
-flat arguments. `batch_sizes` and `resets` have no derivatives.
+flat arguments. `sizes` (the ops' batch_sizes or lengths) and `resets` have no derivatives.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch.autograd import Function, forward_ad
 
 from . import library, reference
 from .library import Call
-from .reference import CellOptions, LayerWeights
+from .ragged import ragged
+from .reference import CellOptions, LayerOutputs, LayerWeights
 
 Slots = Sequence[Tensor | None]
 FIELDS = len(LayerWeights._fields)
@@ -64,22 +65,22 @@ class LayerForward(Function):
         call: Call,
         save_gates: bool,
         save_cells: bool,
-        batch_sizes: Tensor | None,
+        sizes: Tensor | None,
         resets: Tensor | None,
         *primals: Tensor | None,
     ) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = library.run(
             library.layer_forward,
-            *(*primals[:STATES], *unflatten(primals[STATES:]), batch_sizes, resets),
+            *(*primals[:STATES], *unflatten(primals[STATES:]), sizes, resets),
             *(*call.arguments, save_gates, save_cells),
         )
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-        ctx.call, _, _, batch_sizes, resets, *primals = inputs
+        ctx.call, _, _, sizes, resets, *primals = inputs
         output, _, c_n, gates, cells = outputs
-        ctx.save_for_backward(batch_sizes, resets, output, gates, cells, *primals)
+        ctx.save_for_backward(sizes, resets, output, gates, cells, *primals)
         absent = [c_n, cells] if primals[2] is None else [cells] if cells.dim() == 1 else []
         ctx.mark_non_differentiable(gates, *absent)
         ctx.set_materialize_grads(False)
@@ -92,8 +93,8 @@ class LayerForward(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        *how, batch_sizes, resets, input, hx, cx, _, _ = args[: 5 + STATES]
-        ragged_or_reset = batch_sizes is not None or resets is not None
+        *how, sizes, resets, input, hx, cx, _, _ = args[: 5 + STATES]
+        ragged_or_reset = sizes is not None or resets is not None
         if ragged_or_reset or any(dim is not None for dim in in_dims[5 + STATES :]):
             return _loop_over_samples(LayerForward, info, in_dims, args)
         slots = args[5 + STATES :]
@@ -109,8 +110,8 @@ class LayerBackward(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-        ctx.call, need_input, need_state, _, batch_sizes, resets, _, _, _, *rest = inputs
-        ctx.save_for_backward(batch_sizes, resets, *rest)  # of the outputs the gradients, primals
+        ctx.call, need_input, need_state, _, sizes, resets, _, _, _, *rest = inputs
+        ctx.save_for_backward(sizes, resets, *rest)  # of the outputs the gradients, primals
         states = rest[GRADS + 1 : GRADS + STATES]
         computed = need_input, *(need_state and state is not None for state in states)
         empty = [gradient for gradient, c in zip(outputs[:STATES], computed, strict=True) if not c]
@@ -132,7 +133,7 @@ def _run_backward(
     need_input: bool,
     need_state: bool,
     need_weights: bool,
-    batch_sizes: Tensor | None,
+    sizes: Tensor | None,
     resets: Tensor | None,
     output: Tensor,
     gates: Tensor,
@@ -143,7 +144,7 @@ def _run_backward(
     grads, primals = grads_and_primals[:GRADS], grads_and_primals[GRADS:]
     *gradients, grad_weights = library.run(
         op,
-        *(*grads, *primals[:STATES], *unflatten(primals[STATES:]), batch_sizes, resets),
+        *(*grads, *primals[:STATES], *unflatten(primals[STATES:]), sizes, resets),
         *(*call.arguments, output, gates, cells, need_input, need_state, need_weights),
     )
     return *gradients, *grad_weights
@@ -165,12 +166,12 @@ def first_order(
     once: nobody else will see the saved gates, so that their memory may be overwritten. Subclasses
     of Tensor, and modes that trace, get the op without mutation all the same.
     """
-    batch_sizes, resets, output, gates, cells, *primals = ctx.saved_tensors
+    sizes, resets, output, gates, cells, *primals = ctx.saved_tensors
     if forward_mode() or batched_grads(grads):
-        return reference_vjp(ctx.call, batch_sizes, resets, _differentiable(grads), primals)
+        return reference_vjp(ctx.call, sizes, resets, _differentiable(grads), primals)
     needs = bool(needed[0]), any(needed[1:STATES]), any(needed[STATES:])
     differentiable = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-    saved = batch_sizes, resets, output, gates, cells
+    saved = sizes, resets, output, gates, cells
     args = ctx.call, *needs, *saved, *_differentiable(grads), *primals
     if differentiable:
         gradients = apply(LayerBackward, *args)
@@ -191,10 +192,10 @@ def first_order(
 
 def second_order(ctx: Any, grads: Slots) -> list[Tensor | None]:
     """The gradients of LayerBackward's grads and primals, from those of its outputs."""
-    batch_sizes, resets, *tensors = ctx.saved_tensors
+    sizes, resets, *tensors = ctx.saved_tensors
 
     def backward(*tensors: Tensor | None) -> list[Tensor]:
-        gradients = reference_vjp(ctx.call, batch_sizes, resets, tensors[:GRADS], tensors[GRADS:])
+        gradients = reference_vjp(ctx.call, sizes, resets, tensors[:GRADS], tensors[GRADS:])
         return [g for g in gradients if g is not None]
 
     # Absent states have no gradient; absent weights are not among the outputs.
@@ -203,37 +204,85 @@ def second_order(ctx: Any, grads: Slots) -> list[Tensor | None]:
 
 
 def reference_vjp(
-    call: Call, batch_sizes: Tensor | None, resets: Tensor | None, grads: Slots, primals: Slots
+    call: Call, sizes: Tensor | None, resets: Tensor | None, grads: Slots, primals: Slots
 ) -> list[Tensor | None]:
     """`layer_backward` by the reference: the gradients of all the primals."""
 
     output, h_n, c_n, cells = grads
 
     def forward(*primals: Any) -> list[Tensor]:
-        input, hx, cx, reset_hx, reset_cx, *slots = primals
-        outputs = reference.layer(
-            *(input, hx, cx, unflatten(slots)),
-            cell=call.cell,
-            batch_sizes=batch_sizes,
-            resets=resets,
-            reset_hx=reset_hx,
-            reset_cx=reset_cx,
-            options=call.options,
-            all_cells=cells is not None,
-        )
+        every = cells is not None
+        if sizes is not None and padded(primals[0], sizes):
+            outputs = _reference_of_padded(call, sizes, resets, every, *primals)
+        else:
+            outputs = _reference(call, sizes, resets, every, *primals)
         return [o for o in outputs if o is not None]
 
     input = primals[0]
     if cells is None or input is None:
         return _vjp(forward, primals, (output, h_n, c_n))
-    return _vjp(forward, primals, (output, h_n, c_n, join_directions(cells, input)))
+    return _vjp(forward, primals, (output, h_n, c_n, join_directions(cells, input, sizes)))
 
 
-def join_directions(cells: Tensor, input: Tensor) -> Tensor:
-    """The c of every row as the user sees it, [T, B, D*H] or packed [N, D*H] in the dtype of
-    input, from [D, N, H]."""
-    D, _, H = cells.shape
-    return cells.movedim(0, 1).reshape(*input.shape[:-1], D * H).to(input.dtype)
+def _reference(
+    call: Call,
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    all_cells: bool,
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    reset_hx: Tensor | None,
+    reset_cx: Tensor | None,
+    *slots: Tensor | None,
+) -> LayerOutputs:
+    return reference.layer(
+        *(input, hx, cx, unflatten(slots)),
+        cell=call.cell,
+        batch_sizes=batch_sizes,
+        resets=resets,
+        reset_hx=reset_hx,
+        reset_cx=reset_cx,
+        options=call.options,
+        all_cells=all_cells,
+    )
+
+
+def _reference_of_padded(
+    call: Call,
+    lengths: Tensor,
+    resets: Tensor | None,
+    all_cells: bool,
+    input: Tensor,
+    *states_and_slots: Tensor | None,
+) -> LayerOutputs:
+    """The cells packed, as the op saves them."""
+    rows = ragged(lengths, input)
+    states: Any = [None if s is None else rows.sort(s) for s in states_and_slots[: STATES - 1]]
+    slots = states_and_slots[STATES - 1 :]
+    flags = None if resets is None else rows.pack_flags(resets)
+    output, h_n, c_n, cells = _reference(
+        call, rows.batch_sizes, flags, all_cells, rows.pack(input), *states, *slots
+    )
+    return LayerOutputs(
+        rows.unpack(output),
+        rows.unsort(h_n),
+        None if c_n is None else rows.unsort(c_n),
+        None if cells is None else cells[: int(lengths.sum())],
+    )
+
+
+def padded(input: Tensor, sizes: Tensor | None) -> bool:
+    """Whether sizes are the lengths of a padded batch."""
+    return sizes is not None and input.dim() == 3
+
+
+def join_directions(cells: Tensor, input: Tensor, sizes: Tensor | None) -> Tensor:
+    """The c of every row in the dtype of input, from [D, N, H]: [T, B, D*H], or [N, D*H] where the
+    rows are packed."""
+    D, N, H = cells.shape
+    shape = (N,) if padded(input, sizes) else input.shape[:-1]
+    return cells.movedim(0, 1).reshape(*shape, D * H).to(input.dtype)
 
 
 def _differentiable(grads: Slots) -> list[Tensor | None]:
@@ -324,8 +373,8 @@ def _nested(slots: Slots, fields: Sequence[Sequence[Any]]) -> list[list[Tensor |
 
 def _forward_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     primals = *inputs[:STATES], *flatten(inputs[STATES : STATES + FIELDS])
-    batch_sizes, resets, *how, save_gates, save_cells = inputs[STATES + FIELDS :]
-    arguments = _call(*how), save_gates, save_cells, batch_sizes, resets, *primals
+    sizes, resets, *how, save_gates, save_cells = inputs[STATES + FIELDS :]
+    arguments = _call(*how), save_gates, save_cells, sizes, resets, *primals
     LayerForward.setup_context(ctx, arguments, output)
 
 
@@ -338,12 +387,12 @@ def _forward_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
 def _backward_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:
     fields = inputs[BEFORE_WEIGHTS : BEFORE_WEIGHTS + FIELDS]
-    batch_sizes, resets, *rest = inputs[BEFORE_WEIGHTS + FIELDS :]
+    sizes, resets, *rest = inputs[BEFORE_WEIGHTS + FIELDS :]
     how, saved, needs = rest[:6], rest[6:9], rest[9:]
     tensors = *inputs[:BEFORE_WEIGHTS], *flatten(fields)
     LayerBackward.setup_context(
         ctx,
-        (_call(*how), *needs, batch_sizes, resets, *saved, *tensors),
+        (_call(*how), *needs, sizes, resets, *saved, *tensors),
         (*output[:STATES], *output[STATES]),
     )
 

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
 from .ops import CellOptions, LayerWeights
-from .ragged import ragged
+from .ragged import check_lengths, ragged
 
 Hidden: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
@@ -307,20 +307,26 @@ class FusedRNNBase(RNNBase):
             self._check_states(states, sizes)
         if reset_states is not None:
             self._check_states(reset_states, sizes, "reset_state")
-        rows = ragged(lengths, input, self.batch_first, type(self).__name__)
+        known = check_lengths(lengths, sequence.size(0), batch, type(self).__name__)
+        if known and ops.takes_lengths(input, lengths):
+            lengths = lengths.to(torch.int64, copy=True)  # the caller's may change before backward
+            return self._run(
+                sequence, states, batch, None, resets, reset_states, all_states, lengths
+            )
+        rows = ragged(lengths, input, self.batch_first)
         output, final, layers = self._run(
             rows.pack(input),
-            None if states is None else rows.sort(states),
+            None if states is None else tuple(map(rows.sort, states)),
             batch,
             rows.batch_sizes,
             None if resets is None else rows.pack_flags(self._time_first(resets)),
-            None if reset_states is None else rows.sort(reset_states),
+            None if reset_states is None else tuple(map(rows.sort, reset_states)),
             all_states,
         )
         every = [tuple(self._time_first(rows.unpack(state)) for state in layer) for layer in layers]
         # The last layer's h is among them.
         output = every[-1][0] if all_states else self._time_first(rows.unpack(output))
-        return output, rows.unsort(final), every
+        return output, tuple(map(rows.unsort, final)), every
 
     def _run(
         self,
@@ -331,10 +337,11 @@ class FusedRNNBase(RNNBase):
         resets: Tensor | None,
         reset_states: tuple[Tensor, ...] | None,
         all_states: bool,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...], list[tuple[Tensor, ...]]]:
         """Runs all layers over a sequence [T, B, I], or packed [N, I]; each state [L*D, B, P or H];
-        resets [T, B], or packed [N]. The third result: with all_states the states after every
-        step, of each layer.
+        resets [T, B], or packed [N]. lengths: of [T, B, I], where `ops.takes_lengths`. The third
+        result: with all_states the states after every step, of each layer.
 
         Dropout falls on the output of each layer but the last, in the layout in which torch.nn
         applies it: the same seed gives the same mask.
@@ -367,6 +374,7 @@ class FusedRNNBase(RNNBase):
                 layer_weights,
                 cell=self.mode.lower(),
                 batch_sizes=batch_sizes,
+                lengths=lengths,
                 resets=resets,
                 reset_hx=reset_hx,
                 reset_cx=reset_cx,

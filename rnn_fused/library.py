@@ -73,7 +73,7 @@ def _fake_forward(
     bias_ih: Sequence[Tensor],
     bias_hh: Sequence[Tensor],
     weight_hr: Sequence[Tensor],
-    batch_sizes: Tensor | None,
+    sizes: Tensor | None,
     resets: Tensor | None,
     cell: str,
     gate_slope: float,
@@ -93,7 +93,9 @@ def _fake_forward(
     directions = len(weight_ih)
     hidden = weight_ih[0].shape[0] // GATES[cell]
     output = input.new_empty(*input.shape[:-1], directions * hx.shape[-1])
-    rows = input.shape[0] if batch_sizes is not None else input.shape[0] * input.shape[1]
+    if sizes is not None and input.dim() == 3:
+        raise RuntimeError(f"[{cell}] how much is saved of a padded batch depends on its lengths")
+    rows = input.shape[0] if sizes is not None else input.shape[0] * input.shape[1]
     gates, cells = input.new_empty(0), input.new_empty(0, dtype=_state_dtype(input))
     if save_gates and cell in ("lstm", "gru"):
         gates = input.new_empty(directions, rows, 4, hidden)
@@ -120,7 +122,7 @@ def _fake_backward(
     bias_ih: Sequence[Tensor],
     bias_hh: Sequence[Tensor],
     weight_hr: Sequence[Tensor],
-    batch_sizes: Tensor | None,
+    sizes: Tensor | None,
     resets: Tensor | None,
     cell: str,
     gate_slope: float,

@@ -7,10 +7,12 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import families, library, reference
+from . import _C, families, library, reference
 from .autograd import LayerForward, apply, flatten, forward_mode, join_directions
+from .ragged import host_knows, ragged
 from .reference import PLAIN, CellOptions, LayerOutputs, LayerWeights
 
 __all__ = ["CellOptions", "LayerOutputs", "LayerWeights", "layer"]
@@ -24,6 +26,7 @@ def layer(
     *,
     cell: str,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reset_hx: Tensor | None = None,
     reset_cx: Tensor | None = None,
@@ -39,6 +42,10 @@ def layer(
     and keep c in float32, and round h after each step. `batch_sizes` on a CUDA device are neither
     waited for nor checked; on the CPU a layer computes less.
 
+    lengths: int64 [B], those of the sequences of a padded batch [T, B, I], in any order. Outputs
+    behind the end of a sequence are zero; the final states are those at its own end, where the
+    reverse direction begins; without a timestep it keeps its initial state. Where `takes_lengths`.
+
     recompute: keep nothing of the gates for the backward pass, which rebuilds them.
 
     Derivatives of every order and kind pass through it: backward, `torch.func`, forward mode. With
@@ -48,10 +55,15 @@ def layer(
         ValueError: the cell is unknown.
         RuntimeError: shapes, dtypes, devices or batch sizes do not fit together; an option out of
             range, or of another cell; resets, options, or batch_sizes on a device, where only
-            torch's own op can run.
+            torch's own op can run; lengths where the batch has to be packed.
     """
     if cell not in library.GATES:
         raise ValueError(f"[layer] cell must be one of {[*library.GATES]}, got {cell!r}")
+    if lengths is not None and not (batch_sizes is None and takes_lengths(input, lengths)):
+        raise RuntimeError(
+            f"[{cell}] lengths need a padded batch on the CPU, without batch_sizes, outside "
+            "compilers, transforms and forward mode"
+        )
     if resets is None and (reset_hx is not None or reset_cx is not None):
         raise RuntimeError(f"[{cell}] reset_hx and reset_cx need resets, got none")
     wants_reset_cx = reset_hx is not None and cell == "lstm"
@@ -92,21 +104,35 @@ def layer(
                 return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
             kernels = "auto"  # torch.func's transforms have no rules for torch's op
 
+    sizes = batch_sizes if lengths is None else lengths
     primals = input, hx, cx, reset_hx, reset_cx
     call = library.Call(cell, options, kernels, allow_tf32)
     training = torch.is_grad_enabled() and (transformed or _requires_grad(primals, weights))
     save = training and not recompute, training or all_cells
     if transformed or (training and not compiling):
         output, h_n, c_n, _, cells = apply(
-            LayerForward, call, *save, batch_sizes, resets, *primals, *flatten(weights)
+            LayerForward, call, *save, sizes, resets, *primals, *flatten(weights)
         )
     else:
-        arguments = *primals, *weights, batch_sizes, resets, *call.arguments, *save
+        arguments = *primals, *weights, sizes, resets, *call.arguments, *save
         run = library.layer_forward if compiling else partial(library.run, library.layer_forward)
         output, h_n, c_n, _, cells = run(*arguments)
     if cx is None:
         return LayerOutputs(output, h_n, None, None)
-    return LayerOutputs(output, h_n, c_n, join_directions(cells, input) if all_cells else None)
+    if not all_cells:
+        return LayerOutputs(output, h_n, c_n, None)
+    cells = join_directions(cells, input, sizes)
+    if lengths is not None:
+        T, B = input.shape[:2]
+        cells = ragged(lengths, input).unpack(F.pad(cells, (0, 0, 0, T * B - len(cells))))
+    return LayerOutputs(output, h_n, c_n, cells)
+
+
+def takes_lengths(input: Tensor, lengths: Tensor) -> bool:
+    """Whether `layer` takes the lengths of a padded batch. Elsewhere it has to be packed."""
+    # Where large products are torch's own, which need their rows one after the other.
+    by_library = _C.has_amx_bf16 and input.dtype == torch.bfloat16
+    return host_knows(input) and host_knows(lengths) and not forward_mode() and not by_library
 
 
 def _extras(

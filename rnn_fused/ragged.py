@@ -1,98 +1,75 @@
 """Sequences of different lengths in a padded batch: packed where they are, run, and unpacked.
 
-Nothing here waits for a device. Where the lengths are not known to the host, every row of the batch
-is packed, those of the padding behind the others; on the CPU they are left out.
+For devices, compilers and transforms, which do not know the lengths: every row of the batch is
+packed, those of the padding behind the others. Elsewhere the op on the CPU takes the batch itself.
 
-Axes: T steps, B sequences, F features, N rows: one row is one sequence at one step.
+Axes: T steps, B sequences, F features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from .autograd import forward_mode
-
 
 class Ragged(NamedTuple):
     """How a padded batch [T, B, F], or [B, T, F], lies packed, as in a `PackedSequence`."""
 
     shape: tuple[int, int]  # (T, B) or (B, T), as in the batch
-    batch_sizes: Tensor  # int64 [T], or of the longest length
+    batch_sizes: Tensor  # int64 [T]
     order: Tensor  # [B] the sequences, the longest first
     rank: Tensor  # [B] the inverse of order
-    rows: Tensor  # [N] the rows of the batch in packed order; with padding [T*B]
-    # Only where rows has the padding too:
-    places: Tensor | None  # [T*B] the inverse of rows
-    padding: Tensor | None  # [T*B, 1] whether a row of the batch is padding
+    rows: Tensor  # [T*B] the rows of the batch in packed order, those of the padding the last
+    places: Tensor  # [T*B] the inverse of rows
+    padding: Tensor  # [T*B, 1] whether a row of the batch is padding
 
     def pack(self, batch: Tensor) -> Tensor:
-        """[N, F], the padding zero, whatever it was."""
-        rows = batch.flatten(0, 1)
-        if self.places is not None and self.padding is not None:
-            return _permute(rows.masked_fill(self.padding, 0), self.places)
-        return rows.index_select(0, self.rows)
+        """[T*B, F], the padding zero, whatever it was."""
+        return _permute(batch.flatten(0, 1).masked_fill(self.padding, 0), self.places)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """The batch of packed rows [N, F], zero in the padding."""
-        if self.places is not None:
-            rows = _permute(packed, self.rows)
-        else:  # on the CPU, where index_add is faster than index_copy
-            zeros = packed.new_zeros(self.shape[0] * self.shape[1], packed.shape[1])
-            rows = zeros.index_add_(0, self.rows, packed)
-        return rows.view(*self.shape, packed.shape[1])
+        """The batch of packed rows [T*B, F]."""
+        return _permute(packed, self.rows).view(*self.shape, packed.shape[1])
 
     def pack_flags(self, flags: Tensor) -> Tensor:
         """Of the form of the batch without F; those of the padding stay what they are."""
         return flags.flatten().index_select(0, self.rows)
 
-    def sort(self, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """States [.., B, F] in the packed sequences' order."""
-        return tuple(state.index_select(1, self.order) for state in states)
+    def sort(self, state: Tensor) -> Tensor:
+        """A state [.., B, F] in the packed sequences' order."""
+        return state.index_select(1, self.order)
 
-    def unsort(self, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(state.index_select(1, self.rank) for state in states)
+    def unsort(self, state: Tensor) -> Tensor:
+        return state.index_select(1, self.rank)
 
 
-def ragged(lengths: Tensor, batch: Tensor, batch_first: bool, module: str) -> Ragged:
-    """Checks the lengths of a batch and says how it lies packed. module: its name, for messages."""
+def ragged(lengths: Tensor, batch: Tensor, batch_first: bool = False) -> Ragged:
+    """How a batch of sequences of these lengths lies packed. Nothing here waits for a device."""
     B, T = batch.shape[:2] if batch_first else (batch.shape[1], batch.shape[0])
-    values = _read(lengths, T, B, module)
-    known = values is not None and batch.is_cpu and not forward_mode()
     # Towards a device; a copy from one is not there when the CPU goes on.
     lengths = lengths.to(batch.device, torch.int64, non_blocking=not batch.is_cpu)
     descending, order = lengths.sort(descending=True, stable=True)
-    longest = max(1, *values) if known and values else T
-    steps = torch.arange(longest, device=batch.device).unsqueeze(1)
+    steps = torch.arange(T, device=batch.device).unsqueeze(1)
     exists = descending > steps  # [T, B], true in the order of the packed rows
-    rows = order * T + steps if batch_first else steps * B + order
-    places = padding = None
-    if known:
-        rows = rows[exists]
-    else:
-        # A row's place is the number of such rows before it, and of padding, of all the others too.
-        flags = exists.flatten()
-        before = flags.cumsum(0)
-        index = torch.arange(T * B, device=batch.device)
-        place = torch.where(flags, before - 1, index - before + before[-1:])
-        rows = rows.flatten()
-        places = torch.empty_like(place).scatter(0, rows, place)
-        rows = torch.empty_like(place).scatter(0, place, rows)
-        padding = _over(lengths, steps, batch_first).reshape(-1, 1)
+    # A row's place is the number of such rows before it, and of padding, of all the others too.
+    flags = exists.flatten()
+    before = flags.cumsum(0)
+    index = torch.arange(T * B, device=batch.device)
+    place = torch.where(flags, before - 1, index - before + before[-1:])
+    rows = (order * T + steps if batch_first else steps * B + order).flatten()
+    places = torch.empty_like(place).scatter(0, rows, place)
+    rows = torch.empty_like(place).scatter(0, place, rows)
+    over = lengths.unsqueeze(1) <= steps.squeeze(1) if batch_first else lengths <= steps
     shape = (B, T) if batch_first else (T, B)
-    return Ragged(shape, exists.sum(1), order, order.argsort(), rows, places, padding)
+    return Ragged(shape, exists.sum(1), order, order.argsort(), rows, places, over.reshape(-1, 1))
 
 
-def _over(lengths: Tensor, steps: Tensor, batch_first: bool) -> Tensor:
-    return lengths.unsqueeze(1) <= steps.squeeze(1) if batch_first else lengths <= steps
-
-
-def _read(lengths: Tensor, T: int, B: int, module: str) -> list[int] | None:
-    """The values of lengths, where they may be asked for; checked there or on the device."""
+def check_lengths(lengths: Tensor, T: int, B: int, module: str) -> bool:
+    """Checks lengths, their values at once where the host may ask for them, and on the device
+    elsewhere; returns which. module: its name, for messages."""
     if not isinstance(lengths, Tensor):
         raise TypeError(f"{module}: lengths must be a Tensor, got {type(lengths).__name__}")
     dtype = lengths.dtype
@@ -102,22 +79,27 @@ def _read(lengths: Tensor, T: int, B: int, module: str) -> list[int] | None:
         raise RuntimeError(
             f"{module}: lengths must have shape [B] = [{B}], got {list(lengths.shape)}"
         )
-    compiling = torch.compiler.is_compiling()
-    transformed = torch._C._are_functorch_transforms_active()
-    if compiling or transformed or isinstance(lengths, FakeTensor) or not lengths.is_cpu:
-        if compiling or not _batched(lengths):  # vmap has no rule for the assertion
+    if not host_knows(lengths):
+        if torch.compiler.is_compiling() or not _batched(lengths):  # vmap lacks a rule for it
             wide = lengths.to(torch.int64)
             inside = ((wide >= 0) & (wide <= T)).all()
             torch._assert_async(inside, f"{module}: lengths must be between 0 and T")
-        return None
+        return False
     values: list[int] = lengths.tolist()
-    for length in values:
+    for index, length in enumerate(values):
         if not 0 <= length <= T:
             raise RuntimeError(
-                f"{module}: lengths must be between 0 and T = {T}, got {length} at index "
-                f"{values.index(length)}"
+                f"{module}: lengths must be between 0 and T = {T}, got {length} at index {index}"
             )
-    return values
+    return True
+
+
+def host_knows(values: Tensor) -> bool:
+    """Whether the host may ask for the values of a tensor: it need not wait for a device, and no
+    compiler or transform is under way, to which they are unknown."""
+    compiling = torch.compiler.is_compiling()
+    transformed = torch._C._are_functorch_transforms_active()
+    return values.is_cpu and not (compiling or transformed or isinstance(values, FakeTensor))
 
 
 def _batched(x: Tensor) -> bool:

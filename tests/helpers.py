@@ -207,6 +207,56 @@ def torch_layer(
     return LayerOutputs(output if batch_sizes is None else output.data, h_n, c_n, None)
 
 
+def padded_layer(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weights: LayerWeights,
+    *,
+    batch_sizes: Tensor,
+    resets: Tensor | None = None,
+    reset_hx: Tensor | None = None,
+    reset_cx: Tensor | None = None,
+    **options: Any,
+) -> LayerOutputs:
+    """`ops.layer` on a padded batch of the packed sequences, in another order, with timesteps more
+    than the longest has, NaN in the padding, and resets there."""
+    T, B = len(batch_sizes) + 2, hx.shape[1]
+    lengths = (torch.arange(B).unsqueeze(1) < batch_sizes).sum(1)
+    # Where the packed sequences stand; among those of one length, the first of them first.
+    rank = torch.randperm(B, generator=torch.Generator().manual_seed(B))
+    rank = rank[(rank - B * lengths).argsort()]
+    order = rank.argsort()
+    rows = torch.cat([t * B + rank[:n] for t, n in enumerate(batch_sizes.tolist())])
+
+    def pad(packed: Tensor, padding: float | bool) -> Tensor:
+        batch = torch.full((T * B, *packed.shape[1:]), padding, dtype=packed.dtype)
+        return batch.index_copy(0, rows, packed).unflatten(0, (T, B))
+
+    def pack(batch: Tensor) -> Tensor:
+        padding = torch.ones(T * B, dtype=torch.bool).index_fill(0, rows, False)
+        assert not batch.flatten(0, 1)[padding].any()
+        return batch.flatten(0, 1)[rows]
+
+    def sort(state: Tensor | None) -> Tensor | None:
+        return None if state is None else state[:, order]
+
+    outputs = ops.layer(
+        *(pad(input, torch.nan), sort(hx), sort(cx), weights),  # type: ignore[arg-type]
+        lengths=lengths[order],
+        resets=None if resets is None else pad(resets, True),
+        reset_hx=sort(reset_hx),
+        reset_cx=sort(reset_cx),
+        **options,
+    )
+    return LayerOutputs(
+        pack(outputs.output),
+        outputs.h_n[:, rank],
+        None if outputs.c_n is None else outputs.c_n[:, rank],
+        None if outputs.cells is None else pack(outputs.cells),
+    )
+
+
 def values_and_gradients(
     case: Problem, layer: Layer, retain_graph: bool = False
 ) -> dict[str, Tensor]:

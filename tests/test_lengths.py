@@ -14,18 +14,21 @@ from helpers import (
     Problem,
     assert_agrees_with_reference,
     each_kind,
+    padded_layer,
     problem,
     values_and_gradients,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnn_fused
-from rnn_fused import library, ops, ragged, reference
+from rnn_fused import library, ops, reference
+from rnn_fused.reference import CellOptions
 
 ROUNDING: dict[str, float] = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -120,6 +123,86 @@ def test_any_tail(kind: str, lengths: list[int], tail: int, two: bool, resets: A
     lengths = [max(1, *lengths), *sorted(lengths, reverse=True)]
     case = problem(**KINDS[kind], lengths=lengths, directions=1 + two, H=5, resets=resets)
     assert_agrees_with_reference(with_tail(case, tail, tail), **ROUNDING)
+
+
+# The op on the CPU: padded batches themselves -----------------------------------------------------
+
+
+@pytest.mark.own_ops
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("resets", [None, 0.4], ids=["", "resets"])
+@pytest.mark.parametrize("lengths", [IDLE, (9,), (1, 1)], ids=str)
+def test_a_padded_batch_has_the_bits_of_the_packed_one(
+    kind: str, dtype: torch.dtype, directions: int, resets: float | None, lengths: Any
+) -> None:
+    case = problem(
+        **KINDS[kind],
+        lengths=lengths,
+        H=19,
+        I=8,
+        directions=directions,
+        resets=resets,
+        reset_state=resets is not None,
+        dtype=dtype,
+    )
+    if resets:
+        options = CellOptions(grad_clip_value=0.5)
+        case = replace(case, options=options, all_cells=case.cell == "lstm")
+    ours, packed = (values_and_gradients(case, layer) for layer in (padded_layer, ops.layer))
+    torch.testing.assert_close(ours, packed, rtol=0, atol=0)
+
+
+@pytest.mark.own_ops
+@each_kind
+def test_second_derivatives_of_a_padded_batch(kind: str) -> None:
+    case = problem(**KINDS[kind], lengths=(3, 2, 0), directions=2, resets=0.4, reset_state=True)
+    case = replace(case, all_cells=case.cell == "lstm")
+    assert gradcheck(case.function(padded_layer), case.tensors, fast_mode=True)
+    if kind != "rnn_relu":  # which has kinks
+        assert gradgradcheck(case.function(padded_layer), case.tensors, fast_mode=True)
+
+
+PADDED_MISTAKES: dict[str, tuple[Any, str]] = {
+    "float": (torch.ones(3), r"lengths must be a vector of int64 .* got Float of shape \[3\]"),
+    "matrix": (torch.ones(3, 1).long(), r"of the 3 sequences of input, got Long of shape \[3, 1\]"),
+    "too few": (torch.ones(2).long(), r"of the 3 sequences of input, got Long of shape \[2\]"),
+    "too long": (torch.tensor([1, 5, 6]), "between 0 and T = 4, got 5 at index 1"),
+    "negative": (torch.tensor([1, 2, -7]), "between 0 and T = 4, got -7 at index 2"),
+}
+
+
+@pytest.mark.own_ops
+@pytest.mark.parametrize("mistake", PADDED_MISTAKES)
+def test_mistakes_in_the_lengths_of_the_op(mistake: str) -> None:
+    lengths, message = PADDED_MISTAKES[mistake]
+    case = problem("gru", T=4, B=3, requires_grad=False)
+    with pytest.raises(RuntimeError, match=rf"\[gru\] lengths .*{message}|\[gru\] {message}"):
+        ops.layer(case.input, case.hx, None, case.weights, cell="gru", lengths=lengths)
+
+
+@pytest.mark.own_ops
+def test_where_the_op_takes_no_lengths() -> None:
+    case = problem("gru", T=4, B=3, requires_grad=False)
+    lengths = torch.tensor([2, 4, 0])
+
+    def run(input: Tensor, **options: Any) -> Tensor:
+        arguments = input, case.hx, None, case.weights
+        return ops.layer(*arguments, cell="gru", lengths=lengths, **options).output
+
+    message = r"\[gru\] lengths need a padded batch on the CPU, without batch_sizes"
+    with pytest.raises(RuntimeError, match=message):
+        run(case.input, batch_sizes=torch.tensor([3, 3, 3, 3]))
+    with pytest.raises(RuntimeError, match=message):
+        run(case.input.to("meta"))
+    with pytest.raises(RuntimeError, match=message):
+        grad(lambda x: run(x).sum())(case.input)
+    with FakeTensorMode() as mode, pytest.raises(RuntimeError, match=message):
+        run(mode.from_tensor(case.input))
+    on_meta = replace(case.to("meta"), batch_sizes=lengths)
+    with pytest.raises(RuntimeError, match="of a padded batch depends on its lengths"):
+        library.layer_forward(*on_meta.op_arguments, True, True)
 
 
 # Modules ------------------------------------------------------------------------------------------
@@ -274,7 +357,7 @@ def test_any_lengths(
     values = torch.tensor(lengths)
     with pytest.MonkeyPatch.context() as patch:
         if not known:  # as on a device
-            patch.setattr(ragged, "_read", lambda *_: None)
+            patch.setattr(ops, "takes_lengths", lambda *_: False)
         ours = module(x, hx, lengths=values, **options)
     expected = split_by_hand(module, x, lengths, hx, **options)
     assert_same(ours, expected, [x, *flat(hx), *module.parameters()])
@@ -287,7 +370,7 @@ def test_padding_never_matters(
     which: str, garbage: float, known: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not known:
-        monkeypatch.setattr(ragged, "_read", lambda *_: None)
+        monkeypatch.setattr(ops, "takes_lengths", lambda *_: False)
     module = make(which, device, bidirectional=True)
     lengths = torch.tensor([3, 0, 5, 2], device=device)
     clean = random_batch(module, 6, 4)
@@ -333,14 +416,31 @@ def test_states_with_the_batch_first() -> None:
 
 
 @pytest.mark.own_ops
-def test_dropout_falls_as_on_packed_sequences() -> None:
+def test_dropout_falls_as_without_lengths() -> None:
     module = make("lstm", dropout=0.5)
     x, lengths = random_batch(module, 6, 3), torch.tensor([2, 6, 4])
-    torch.manual_seed(3)
+
+    def run(**options: Any) -> Tensor:
+        torch.manual_seed(3)
+        output: Tensor = module(x, **options)[0]
+        return output
+
+    output = run(lengths=lengths)
+    assert torch.equal(run(lengths=lengths, return_all_states=True), output)
+    full = run()
+    for b, length in enumerate(lengths.tolist()):
+        torch.testing.assert_close(output[:length, b], full[:length, b])
+
+
+@pytest.mark.own_ops
+def test_lengths_may_change_before_the_backward_pass() -> None:
+    module = make("lstm")
+    x, lengths = random_batch(module, 6, 3), torch.tensor([2, 6, 4])
+    (expected,) = torch.autograd.grad(module(x, lengths=lengths)[0].sum(), x)
     output, _ = module(x, lengths=lengths)
-    torch.manual_seed(3)
-    packed, _ = module(pack_padded_sequence(x, lengths, enforce_sorted=False))
-    torch.testing.assert_close(output, pad_packed_sequence(packed)[0])
+    lengths.fill_(0)
+    (gradient,) = torch.autograd.grad(output.sum(), x)
+    assert torch.equal(gradient, expected)
 
 
 @each_module
@@ -530,15 +630,12 @@ def test_no_synchronisation() -> None:
 
 @pytest.mark.own_ops
 def test_on_the_cpu_the_padding_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = []
+    results = []
     run = library.run
-    monkeypatch.setattr(
-        library, "run", lambda op, x, *args: (rows.append(len(x)), run(op, x, *args))[1]
-    )
+    monkeypatch.setattr(library, "run", lambda *args: (results.append(run(*args)), results[-1])[1])
     module = make("gru")
-    with torch.no_grad():
-        module(random_batch(module, 9, 4), lengths=torch.tensor([1, 5, 0, 2]))
-    assert rows == [8, 8]
+    module(random_batch(module, 9, 4), lengths=torch.tensor([1, 5, 0, 2]))
+    assert [gates.shape for _, _, _, gates, _ in results] == [(1, 8, 4, H)] * 2
 
 
 # Mistakes -----------------------------------------------------------------------------------------

@@ -8,7 +8,14 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import KINDS, assert_as_accurate, each_kind, problem, values_and_gradients
+from helpers import (
+    KINDS,
+    assert_as_accurate,
+    each_kind,
+    padded_layer,
+    problem,
+    values_and_gradients,
+)
 
 from rnn_fused import ops, reference
 from rnn_fused.reference import CellOptions
@@ -44,6 +51,19 @@ def test_windows_agree_with_the_reference(
     for layer, retain_graph in ((rebuilt, False), (ops.layer, True)):
         ours = values_and_gradients(case, layer, retain_graph)
         torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.own_ops
+@each_kind
+@pytest.mark.parametrize("layout", ["packed", "skewed"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "rebuilt"])
+def test_windows_of_a_padded_batch(kind: str, layout: str, recompute: bool) -> None:
+    case = problem(**KINDS[kind], **SIZES[layout], directions=2, resets=0.1, reset_state=True)
+    ours, exact = (
+        values_and_gradients(case, partial(layer, recompute=recompute), not recompute)
+        for layer in (padded_layer, ops.layer)
+    )
+    torch.testing.assert_close(ours, exact, rtol=0, atol=0)
 
 
 @each_kind

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <numeric>
 
 #include "csrc/binding/compat.h"
 #include "csrc/core/params.h"
@@ -74,19 +75,21 @@ struct Layer {
   // Rows that products have to cover: those of the timesteps, or all N where only the device can
   // tell them from the tail.
   int64_t rows;
+  bool padded = false;
   Tensor input, hx;
   OptionalTensor cx, batch_sizes;
   OptionalTensor resets, reset_hx, reset_cx;  // with resets: the states too, zero where not given
   Tensors weight_ih, weight_hh, bias_ih, bias_hh, weight_hr;
   std::vector<int64_t> row_start;
-  Tensor device_row_start;  // [T + 1], where batch_sizes are on the device
+  std::vector<int64_t> active, order;  // padded: counted and sorted here
+  Tensor device_row_start;             // [T + 1], where batch_sizes are on the device
 
   Layer(const Tensor& input_, const Tensor& hx_, const OptionalTensor& cx_,
         const OptionalTensor& reset_hx_, const OptionalTensor& reset_cx_, const Tensors& weight_ih_,
         const Tensors& weight_hh_, const Tensors& bias_ih_, const Tensors& bias_hh_,
-        const Tensors& weight_hr_, const OptionalTensor& batch_sizes_,
-        const OptionalTensor& resets_, const std::string& cell, double gate_slope,
-        std::optional<double> cell_clip, std::optional<double> grad_clip)
+        const Tensors& weight_hr_, const OptionalTensor& sizes, const OptionalTensor& resets_,
+        const std::string& cell, double gate_slope, std::optional<double> cell_clip,
+        std::optional<double> grad_clip)
       : name(cell) {
     shape.cell = parse_cell(cell);
     shape.dtype = parse_dtype(cell, input_.scalar_type());
@@ -95,11 +98,11 @@ struct Layer {
     RNN_FUSED_CHECK(D == 1 || D == 2, "[", name, "] weight_ih must hold 1 or 2 directions, got ",
                     D);
     shape.directions = static_cast<int>(D);
-    read_rows(input_, batch_sizes_);
+    read_rows(input_, sizes);
     RNN_FUSED_CHECK(hx_.dim() == 3, "[", name, "] hx must have 3 dimensions [D, B, P], got ",
                     hx_.dim());
     shape.P = hx_.size(2);
-    if (ragged()) read_batch(hx_.size(1));
+    if (batch_sizes) read_batch(hx_.size(1));
     RNN_FUSED_CHECK(!weight_hh_.empty() && weight_hh_[0].dim() == 2, "[", name,
                     "] weight_hh must hold a matrix [G*H, P] per direction");
     const int64_t G = gate_count(shape.cell);
@@ -143,21 +146,20 @@ struct Layer {
   int64_t S() const { return saved_count(shape.cell); }
   bool lstm() const { return shape.cell == Cell::lstm; }
   bool rnn() const { return shape.cell == Cell::rnn_tanh || shape.cell == Cell::rnn_relu; }
-  bool ragged() const { return batch_sizes.has_value(); }
   bool has_tail() const { return shape.sizes_on_device || rows < N; }
   // Whether a sequence may have no timestep, so that its final state is its initial one.
-  bool has_idle_sequences() const {
-    return shape.sizes_on_device || (ragged() && shape.active(0) < shape.B);
-  }
+  bool has_idle_sequences() const { return shape.sizes_on_device || shape.active(0) < shape.B; }
   ScalarType dtype() const { return input.scalar_type(); }
   // Of c between the steps: the 16-bit types keep float.
   ScalarType cell_dtype() const {
     return shape.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
   }
 
+  // Of tensors like the input.
   std::vector<int64_t> rows_shape(int64_t columns) const {
-    if (ragged()) return {N, columns};
-    return {shape.T, shape.B, columns};
+    std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+    sizes.back() = columns;
+    return sizes;
   }
 
   // The weights and states of one direction, as the core takes them.
@@ -205,15 +207,14 @@ struct Layer {
     RNN_FUSED_CHECK(flags || (!h && !c), "[", name,
                     "] reset_hx and reset_cx need resets, got none");
     if (!flags) return;
-    const std::vector<int64_t> rows = ragged() ? std::vector{N} : std::vector{shape.T, shape.B};
-    const bool same = flags->dim() == static_cast<int64_t>(rows.size()) &&
-                      flags->size(0) == rows[0] && flags->size(flags->dim() - 1) == rows.back();
-    RNN_FUSED_CHECK(same && flags->scalar_type() == ScalarType::Bool && same_device(*flags), "[",
-                    name, "] resets must be bool, on the device of input and of shape ",
-                    ragged() ? "[N] = " : "[T, B] = ", shape_string(rows), ", got ",
-                    torch::headeronly::toString(flags->scalar_type()), " of shape ",
-                    shape_string(flags->sizes()));
-    resets = as_contiguous(*flags);
+    const auto rows = input.sizes().slice(0, input.dim() - 1);
+    RNN_FUSED_CHECK(
+        flags->sizes() == rows && flags->scalar_type() == ScalarType::Bool && same_device(*flags),
+        "[", name, "] resets must be bool, on the device of input and of shape ",
+        batch_sizes ? "[N] = " : "[T, B] = ", shape_string(rows), ", got ",
+        torch::headeronly::toString(flags->scalar_type()), " of shape ",
+        shape_string(flags->sizes()));
+    resets = padded ? packed_flags(as_contiguous(*flags)) : as_contiguous(*flags);
     shape.resets = static_cast<const bool*>(resets->const_data_ptr());
     const auto state = [&](const OptionalTensor& t, const char* what, int64_t size,
                            const char* dims) {
@@ -227,14 +228,23 @@ struct Layer {
     if (lstm()) reset_cx = state(c, "reset_cx", shape.H, "[D, B, H]");
   }
 
+  Tensor packed_flags(const Tensor& flags) const {
+    const bool* const from = static_cast<const bool*>(flags.const_data_ptr());
+    Tensor packed = allocate(flags, {N});
+    bool* to = static_cast<bool*>(packed.mutable_data_ptr());
+    for (int64_t t = 0; t < shape.T; ++t)
+      for (int64_t b = 0; b < shape.active(t); ++b) *to++ = from[shape.place(t, b)];
+    return packed;
+  }
+
   void read_rows(const Tensor& x, const OptionalTensor& sizes) {
-    if (!sizes) {
-      RNN_FUSED_CHECK(x.dim() == 3, "[", name, "] input must have 3 dimensions [T, B, I], got ",
-                      x.dim());
+    if (x.dim() == 3) {
       shape.T = x.size(0);
       shape.B = x.size(1);
       rows = N = shape.T * shape.B;
+      if (sizes) read_lengths(*sizes);
     } else {
+      RNN_FUSED_CHECK(sizes, "[", name, "] input must have 3 dimensions [T, B, I], got ", x.dim());
       RNN_FUSED_CHECK(x.dim() == 2, "[", name, "] packed input must have 2 dimensions [N, I], got ",
                       x.dim());
       RNN_FUSED_CHECK(sizes->dim() == 1 && sizes->scalar_type() == ScalarType::Long &&
@@ -254,6 +264,35 @@ struct Layer {
     I = x.size(x.dim() - 1);
     RNN_FUSED_CHECK(shape.T >= 1, "[", name, "] the sequence must have at least 1 timestep, got ",
                     shape.T);
+  }
+
+  // Sorts the sequences of a padded batch, the longest first, and packs their rows.
+  void read_lengths(const Tensor& lengths) {
+    const int64_t T = shape.T, B = shape.B;
+    RNN_FUSED_CHECK(lengths.dim() == 1 && lengths.size(0) == B &&
+                        lengths.scalar_type() == ScalarType::Long && lengths.is_cpu(),
+                    "[", name, "] lengths must be a vector of int64 on the CPU, of the ", B,
+                    " sequences of input, got ", torch::headeronly::toString(lengths.scalar_type()),
+                    " of shape ", shape_string(lengths.sizes()));
+    const Tensor contiguous = as_contiguous(lengths);
+    const int64_t* const length = contiguous.const_data_ptr<int64_t>();
+    active.assign(T + 1, 0);
+    for (int64_t b = 0; b < B; ++b) {
+      RNN_FUSED_CHECK(0 <= length[b] && length[b] <= T, "[", name,
+                      "] lengths must be between 0 and T = ", T, ", got ", length[b], " at index ",
+                      b);
+      if (length[b] > 0) ++active[length[b] - 1];
+    }
+    for (int64_t t = T; t-- > 0;) active[t] += active[t + 1];
+    order.resize(B);
+    std::vector<int64_t> next = active;  // a sequence comes after those that reach its end
+    for (int64_t b = 0; b < B; ++b) order[next[length[b]]++] = b;
+    while (shape.T > 1 && active[shape.T - 1] == 0) --shape.T;
+    padded = true;
+    shape.order = order.data();
+    shape.batch_sizes = active.data();
+    N = std::accumulate(active.begin(), active.end(), int64_t{0});
+    start_rows();
   }
 
   static bool on_device(const Tensor& sizes) {

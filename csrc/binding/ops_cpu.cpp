@@ -27,17 +27,25 @@ bool by_library(DType dtype, int64_t N, int64_t rows, int64_t columns) {
          has_amx_bf16();
 }
 
+// Of a padded batch, what no loop writes.
+void zero_padding(const Layer& layer, const Tensor& t, int64_t columns) {
+  const int64_t bytes = columns * t.element_size(), B = layer.shape.B;
+  for (int64_t step = 0; step < layer.input.size(0); ++step)
+    for (int64_t b = layer.active[step]; b < B; ++b)
+      std::memset(at(t, (step * B + layer.order[b]) * columns), 0, bytes);
+}
+
 ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, OptionalTensor reset_hx,
                              OptionalTensor reset_cx, Tensors weight_ih, Tensors weight_hh,
                              Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
-                             OptionalTensor batch_sizes, OptionalTensor resets, std::string cell,
+                             OptionalTensor sizes, OptionalTensor resets, std::string cell,
                              double gate_slope, std::optional<double> cell_clip,
                              std::optional<double> grad_clip, std::string, bool, bool save_gates,
                              bool save_cells) {
   const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
-                    weight_hr, batch_sizes, resets, cell, gate_slope, cell_clip, grad_clip);
-  const bool input_by_library =
-      by_library(layer.shape.dtype, layer.rows, layer.G() * layer.shape.H, layer.I);
+                    weight_hr, sizes, resets, cell, gate_slope, cell_clip, grad_clip);
+  const bool input_by_library = !layer.padded && by_library(layer.shape.dtype, layer.rows,
+                                                            layer.G() * layer.shape.H, layer.I);
   const ForwardPass pass(layer, save_gates, save_cells, input_by_library);
   if (layer.shape.B > 0) {
     if (input_by_library) pass.multiply_input();
@@ -46,55 +54,49 @@ ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, Optiona
   pass.zero_tails([&](const Tensor& t, int64_t matrices, int64_t columns) {
     zero_known_tail(layer, t, matrices, columns);
   });
+  if (layer.padded) zero_padding(layer, pass.output, pass.params.output_stride);
   return pass.results();
 }
 
-// What a weight was multiplied with: N rows, anywhere in memory.
-using Rows = std::vector<const void*>;
+using Rows = std::vector<const void*>;  // anywhere in memory
 
-Rows rows_of(const void* first, int64_t rows, int64_t bytes) {
-  Rows pointers(rows);
-  for (int64_t n = 0; n < rows; ++n) pointers[n] = static_cast<const char*>(first) + n * bytes;
-  return pointers;
-}
+// What the weights of one direction were multiplied with in the rows of a window.
+struct Operands {
+  std::vector<int64_t> place;  // the rows of the caller's tensors
+  Rows x, h;                   // for W_ih; h before the row's step, for W_hh
 
-// h before the step of each row of a window, what W_hh was multiplied with.
-Rows previous_h(const Layer& layer, const Window& window, int d) {
-  const BackwardDirection& dir = window.direction[d];
-  const int64_t bytes = window.P * layer.input.element_size();
-  const char* const initial = static_cast<const char*>(dir.h0);
-  const char* const output = static_cast<const char*>(dir.output);
-  const char* const reset = static_cast<const char*>(dir.reset_h);
-  const auto [begin, end] = window.timesteps(d);
-  Rows pointers;
-  pointers.reserve(window.count(d));
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t before = d == 0 ? t - 1 : t + 1, active = window.active(t);
-    const int64_t known =
-        before < 0 || before >= window.T ? 0 : std::min(active, window.active(before));
-    for (int64_t b = 0; b < active; ++b)
-      pointers.push_back(window.enters_reset(d, t, b) ? reset + b * bytes
-                         : b < known ? output + (window.row(before) + b) * layer.D() * bytes
-                                     : initial + b * bytes);
-  }
-  return pointers;
-}
-
-const void* input_of(const Layer& layer, const Window& window, int d) {
-  return at(OptionalTensor(layer.input), window.rows[d].begin * layer.I);
-}
-
-void rebuild_gates(const Layer& layer, const Window& window) {
-  for (int d = 0; d < window.directions; ++d) {
+  Operands(const Layer& layer, const Window& window, int d)
+      : place(window.count(d)), x(window.count(d)), h(window.count(d)) {
     const BackwardDirection& dir = window.direction[d];
-    const Rows h = previous_h(layer, window, d);
-    if (h.empty()) continue;
-    cpu_gates(selected_isa(),
-              {window.cell, window.dtype, window.options, window.count(d), layer.I, window.H,
-               window.P, input_of(layer, window, d), h.data(), layer.weight_ih[d].const_data_ptr(),
-               dir.weight_hh, dir.bias_ih, dir.bias_hh, dir.grad_gates, repays_packing(window)},
-              torch_threads());
+    const int64_t size = layer.input.element_size(), I = layer.I, P = window.P;
+    const auto row = [size](const void* first, int64_t element) {
+      return static_cast<const char*>(first) + element * size;
+    };
+    const void* const input = layer.input.const_data_ptr();
+    const auto [begin, end] = window.timesteps(d);
+    int64_t n = 0;
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t before = d == 0 ? t - 1 : t + 1, active = window.active(t);
+      const int64_t known =
+          before < 0 || before >= window.T ? 0 : std::min(active, window.active(before));
+      for (int64_t b = 0; b < active; ++b, ++n) {
+        place[n] = window.place(t, b);
+        x[n] = row(input, place[n] * I);
+        h[n] = window.enters_reset(d, t, b) ? row(dir.reset_h, window.sequence(b) * P)
+               : b < known ? row(dir.output, window.place(before, b) * layer.D() * P)
+                           : row(dir.h0, window.sequence(b) * P);
+      }
+    }
   }
+};
+
+void rebuild_gates(const Layer& layer, const Window& window, int d, const Operands& operands) {
+  const BackwardDirection& dir = window.direction[d];
+  cpu_gates(selected_isa(),
+            {window.cell, window.dtype, window.options, window.count(d), layer.I, window.H,
+             window.P, operands.x.data(), operands.h.data(), layer.weight_ih[d].const_data_ptr(),
+             dir.weight_hh, dir.bias_ih, dir.bias_hh, dir.grad_gates, repays_packing(window)},
+            torch_threads());
 }
 
 // The library sums in the type of the layer, so that it makes no sums of windows.
@@ -103,8 +105,8 @@ bool by_library(const OuterProductParams& p) {
 }
 
 // cpu_outer_product; left stands in `grads`, at element `offset`.
-void outer_product(const Layer& layer, const OuterProductParams& p, const Tensor& grads,
-                   int64_t offset) {
+void outer_product(const Layer& layer, OuterProductParams p, const Tensor& grads, int64_t offset) {
+  p.left = at(grads, offset);
   if (!by_library(p)) {
     cpu_outer_product(selected_isa(), p, torch_threads());
     return;
@@ -126,79 +128,73 @@ void outer_product(const Layer& layer, const OuterProductParams& p, const Tensor
     if (out) std::memcpy(out, at(total, 0), p.rows * grads.element_size());
 }
 
-// Those of a window: the results, or, of several windows, added to them.
-void weight_gradients(const Layer& layer, const BackwardPass& pass, const Window& window,
-                      const Gradients& grads) {
+// Those of direction d and a window: the results, or, of several windows, added to them.
+void weight_gradients(const Layer& layer, const BackwardPass& pass, const Window& window, int d,
+                      const Operands& operands, const Gradients& grads) {
   const int64_t I = layer.I, H = window.H, P = window.P, GH = layer.G() * H, SH = layer.S() * H;
-  const int64_t size = layer.input.element_size();
-  for (int d = 0; d < window.directions; ++d) {
-    const int64_t N = window.count(d);
-    if (N == 0) continue;
-    const Rows x = rows_of(input_of(layer, window, d), N, I * size);
-    const Rows h = previous_h(layer, window, d);
-    // From one row of the weights on.
-    const auto ih = [&](int64_t row) -> OuterProductParams::Right {
-      return {x.data(), I, at(grads.ih[d], row * I)};
-    };
-    const auto hh = [&](int64_t row) -> OuterProductParams::Right {
-      return {h.data(), P, at(grads.hh[d], row * P)};
-    };
-    const auto sums = [&](const Tensors& list, int64_t row) {
-      return list.empty() ? nullptr : at(list[d], row);
-    };
-    // left: so many columns of matrix [M, stride], from `column` on.
-    const auto product = [&](const Tensor& matrix, int64_t stride, int64_t column, int64_t columns,
-                             std::array<OuterProductParams::Right, 2> right,
-                             std::array<void*, 2> sums) {
-      const int64_t offset = pass.origin(d, stride) + column;
-      outer_product(layer,
-                    {window.dtype,
-                     N,
-                     columns,
-                     at(matrix, offset),
-                     stride,
-                     {right[0], right[1]},
-                     {sums[0], sums[1]},
-                     pass.several()},
-                    matrix, offset);
-    };
-    // n and hn of the GRU: one belongs to W_ih, the other to W_hh.
-    const int64_t joint = window.cell == Cell::gru ? 2 * H : GH;
-    product(pass.grad_gates, SH, 0, joint, {ih(0), hh(0)},
-            {sums(grads.bias_ih, 0), sums(grads.bias_hh, 0)});
-    if (joint < GH) {
-      product(pass.grad_gates, SH, joint, H, {ih(joint)}, {sums(grads.bias_ih, joint)});
-      product(pass.grad_gates, SH, joint + H, H, {hh(joint)}, {sums(grads.bias_hh, joint)});
-    }
-    if (window.projected()) {
-      const Rows hidden = rows_of(window.direction[d].hidden, N, H * size);
-      product(pass.grad_projected, P, 0, P, {{{hidden.data(), H, at(grads.hr[d], 0)}}}, {});
-    }
+  const int64_t N = window.count(d);
+  // From one row of the weights on.
+  const auto ih = [&](int64_t row) -> OuterProductParams::Right {
+    return {operands.x.data(), I, at(grads.ih[d], row * I)};
+  };
+  const auto hh = [&](int64_t row) -> OuterProductParams::Right {
+    return {operands.h.data(), P, at(grads.hh[d], row * P)};
+  };
+  const auto sums = [&](const Tensors& list, int64_t row) {
+    return list.empty() ? nullptr : at(list[d], row);
+  };
+  // left: so many columns of matrix [M, stride], from `column` on.
+  const auto product = [&](const Tensor& matrix, int64_t stride, int64_t column, int64_t columns,
+                           std::array<OuterProductParams::Right, 2> right,
+                           std::array<void*, 2> sums) {
+    outer_product(layer,
+                  {window.dtype,
+                   N,
+                   columns,
+                   nullptr,
+                   stride,
+                   {right[0], right[1]},
+                   {sums[0], sums[1]},
+                   pass.several()},
+                  matrix, pass.origin(d, stride) + column);
+  };
+  // n and hn of the GRU: one belongs to W_ih, the other to W_hh.
+  const int64_t joint = window.cell == Cell::gru ? 2 * H : GH;
+  product(pass.grad_gates, SH, 0, joint, {ih(0), hh(0)},
+          {sums(grads.bias_ih, 0), sums(grads.bias_hh, 0)});
+  if (joint < GH) {
+    product(pass.grad_gates, SH, joint, H, {ih(joint)}, {sums(grads.bias_ih, joint)});
+    product(pass.grad_gates, SH, joint + H, H, {hh(joint)}, {sums(grads.bias_hh, joint)});
+  }
+  if (window.projected()) {
+    Rows hidden(N);
+    for (int64_t n = 0; n < N; ++n)
+      hidden[n] =
+          static_cast<const char*>(window.direction[d].hidden) + n * H * layer.input.element_size();
+    product(pass.grad_projected, P, 0, P, {{{hidden.data(), H, at(grads.hr[d], 0)}}}, {});
   }
 }
 
-void input_gradient(const Layer& layer, const BackwardPass& pass, const Window& window,
-                    const Tensor& grad_input) {
-  const int64_t I = layer.I, GH = layer.G() * window.H, SH = layer.S() * window.H;
-  // Directions that come to the same rows in the same window are one product.
-  const int together = pass.adds_to_input() ? 1 : window.directions;
-  for (int d = 0; d < window.directions; d += together) {
-    const int64_t N = window.count(d), origin = window.rows[d].begin * I;
-    if (N == 0) continue;
-    if (by_library(window.dtype, N, GH, I)) {
-      for (int i = d; i < d + together; ++i)
-        matmul(matrix(pass.grad_gates, N, GH, SH, 1, pass.origin(i, SH)), layer.weight_ih[i],
-               matrix(grad_input, N, I, I, 1, origin), pass.adds_to_input() || i > 0);
-      continue;
-    }
-    InputGradientParams params{
-        window.dtype, together, N, GH, I, SH, {}, {}, at(grad_input, origin), pass.adds_to_input()};
-    for (int i = 0; i < together; ++i) {
-      params.grad_gates[i] = window.direction[d + i].grad_gates;
-      params.weight_ih[i] = layer.weight_ih[d + i].const_data_ptr();
-    }
-    cpu_input_gradient(selected_isa(), params, torch_threads());
+// Of directions [d, d + together), which come to the same rows.
+void input_gradient(const Layer& layer, const BackwardPass& pass, const Window& window, int d,
+                    int together, const Operands& operands, const Tensor& grad_input) {
+  const int64_t N = window.count(d), I = layer.I;
+  const int64_t GH = layer.G() * window.H, SH = layer.S() * window.H;
+  if (!layer.padded && by_library(window.dtype, N, GH, I)) {
+    for (int i = d; i < d + together; ++i)
+      matmul(matrix(pass.grad_gates, N, GH, SH, 1, pass.origin(i, SH)), layer.weight_ih[i],
+             matrix(grad_input, N, I, I, 1, window.rows[d].begin * I),
+             pass.adds_to_input() || i > 0);
+    return;
   }
+  InputGradientParams params{
+      window.dtype,        together, N, GH, I, SH, {}, {}, at(grad_input, 0), operands.place.data(),
+      pass.adds_to_input()};
+  for (int i = 0; i < together; ++i) {
+    params.grad_gates[i] = window.direction[d + i].grad_gates;
+    params.weight_ih[i] = layer.weight_ih[d + i].const_data_ptr();
+  }
+  cpu_input_gradient(selected_isa(), params, torch_threads());
 }
 
 // kOverwriteGates: of the saved gates nothing is left but their memory.
@@ -208,13 +204,13 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
                                Tensor hx, OptionalTensor cx, OptionalTensor reset_hx,
                                OptionalTensor reset_cx, Tensors weight_ih, Tensors weight_hh,
                                Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
-                               OptionalTensor batch_sizes, OptionalTensor resets, std::string cell,
+                               OptionalTensor sizes, OptionalTensor resets, std::string cell,
                                double gate_slope, std::optional<double> cell_clip,
                                std::optional<double> grad_clip, std::string, bool, Tensor output,
                                Tensor gates, Tensor cells, bool need_input, bool need_state,
                                bool need_weights) {
   const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
-                    weight_hr, batch_sizes, resets, cell, gate_slope, cell_clip, grad_clip);
+                    weight_hr, sizes, resets, cell, gate_slope, cell_clip, grad_clip);
   // Of one window the library makes the gradients of weights, of several not.
   const bool windowed = layer.shape.dtype != DType::bf16 || !has_amx_bf16();
   const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, grad_cells, output, gates, cells,
@@ -222,12 +218,23 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
   const Gradients grads(layer, pass, need_input, need_weights);
   for (int64_t k = 0; k < pass.windows(); ++k) {
     const Window window = pass.window(k);
-    if (pass.rebuild_gates) rebuild_gates(layer, window);
+    std::vector<Operands> operands;
+    for (int d = 0; d < window.directions; ++d) {
+      operands.emplace_back(layer, window, d);
+      if (pass.rebuild_gates && window.count(d) > 0) rebuild_gates(layer, window, d, operands[d]);
+    }
     if (layer.shape.B > 0) cpu_backward(selected_isa(), window, torch_threads());
-    if (need_input) input_gradient(layer, pass, window, grads.input);
-    if (need_weights) weight_gradients(layer, pass, window, grads);
+    // Directions that come to the same rows in the same window are one product.
+    const int together = pass.adds_to_input() ? 1 : window.directions;
+    for (int d = 0; d < window.directions; ++d) {
+      if (window.count(d) == 0) continue;
+      if (need_input && d % together == 0)
+        input_gradient(layer, pass, window, d, together, operands[d], grads.input);
+      if (need_weights) weight_gradients(layer, pass, window, d, operands[d], grads);
+    }
   }
   if (need_input && layer.has_tail()) zero_known_tail(layer, grads.input, 1, layer.I);
+  if (need_input && layer.padded) zero_padding(layer, grads.input, layer.I);
   return grads.results(layer, pass, need_state, reset_hx.has_value());
 }
 

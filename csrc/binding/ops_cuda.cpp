@@ -79,6 +79,8 @@ CudaPlan choose(const Layer& layer, const std::string& kernels, Precision precis
   RNN_FUSED_CHECK(kernels == "auto" || kernels == "stepwise" || kernels == "persistent", "[",
                   layer.name, "] kernels must be auto, stepwise or persistent, got '", kernels,
                   "'");
+  RNN_FUSED_CHECK(!layer.padded, "[", layer.name,
+                  "] lengths of a padded batch are for tensors on the CPU; pack it instead");
   if (kernels == "stepwise") return {};
   CudaPlan plan =
       plan_cuda(layer.shape, precision, current_gpu(), backward, kernels == "persistent");
@@ -91,7 +93,7 @@ CudaPlan choose(const Layer& layer, const std::string& kernels, Precision precis
 class DeviceRows {
  public:
   DeviceRows(const Layer& layer, cudaStream_t stream) : T_(layer.shape.T) {
-    if (!layer.ragged() || layer.shape.sizes_on_device) return;
+    if (!layer.batch_sizes || layer.shape.sizes_on_device) return;
     rows_ = allocate(layer.input, {2, T_}, ScalarType::Long);
     int64_t* rows = rows_->mutable_data_ptr<int64_t>();
     upload(layer.shape.batch_sizes, T_, rows, stream);
@@ -172,12 +174,12 @@ class BackwardLoop {
 ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, OptionalTensor reset_hx,
                              OptionalTensor reset_cx, Tensors weight_ih, Tensors weight_hh,
                              Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
-                             OptionalTensor batch_sizes, OptionalTensor resets, std::string cell,
+                             OptionalTensor sizes, OptionalTensor resets, std::string cell,
                              double gate_slope, std::optional<double> cell_clip,
                              std::optional<double> grad_clip, std::string kernels, bool allow_tf32,
                              bool save_gates, bool save_cells) {
   const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
-                    weight_hr, batch_sizes, resets, cell, gate_slope, cell_clip, grad_clip);
+                    weight_hr, sizes, resets, cell, gate_slope, cell_clip, grad_clip);
   const OnDevice device(layer.input);
   const Precision precision = allow_tf32 ? Precision::tf32 : Precision::exact;
   const CudaPlan plan = choose(layer, kernels, precision, false);
@@ -296,13 +298,13 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
                                Tensor hx, OptionalTensor cx, OptionalTensor reset_hx,
                                OptionalTensor reset_cx, Tensors weight_ih, Tensors weight_hh,
                                Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
-                               OptionalTensor batch_sizes, OptionalTensor resets, std::string cell,
+                               OptionalTensor sizes, OptionalTensor resets, std::string cell,
                                double gate_slope, std::optional<double> cell_clip,
                                std::optional<double> grad_clip, std::string kernels,
                                bool allow_tf32, Tensor output, Tensor gates, Tensor cells,
                                bool need_input, bool need_state, bool need_weights) {
   const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
-                    weight_hr, batch_sizes, resets, cell, gate_slope, cell_clip, grad_clip);
+                    weight_hr, sizes, resets, cell, gate_slope, cell_clip, grad_clip);
   const OnDevice device(layer.input);
   const Precision precision = allow_tf32 ? Precision::tf32 : Precision::exact;
   const CudaPlan plan = choose(layer, kernels, precision, true);

@@ -3,15 +3,15 @@
 // D directions, G gates, P the size of h; weight lists have D entries, or none where absent.
 #include "csrc/binding/compat.h"
 
-#define RNN_FUSED_BACKWARD_SCHEMA(name, gates)                                                 \
-  name "(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, "        \
-       "Tensor input, Tensor hx, Tensor? cx, Tensor? reset_hx, Tensor? reset_cx, "             \
-       "Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, "          \
-       "Tensor[] weight_hr, Tensor? batch_sizes, Tensor? resets, str cell, float gate_slope, " \
-       "float? cell_clip, float? grad_clip_value, str kernels, bool allow_tf32, Tensor "       \
-       "output, " gates                                                                        \
-       ", Tensor cells, bool need_input, bool need_state, bool need_weights) "                 \
-       "-> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor grad_reset_hx, "         \
+#define RNN_FUSED_BACKWARD_SCHEMA(name, gates)                                           \
+  name "(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, "  \
+       "Tensor input, Tensor hx, Tensor? cx, Tensor? reset_hx, Tensor? reset_cx, "       \
+       "Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, "    \
+       "Tensor[] weight_hr, Tensor? sizes, Tensor? resets, str cell, float gate_slope, " \
+       "float? cell_clip, float? grad_clip_value, str kernels, bool allow_tf32, Tensor " \
+       "output, " gates                                                                  \
+       ", Tensor cells, bool need_input, bool need_state, bool need_weights) "           \
+       "-> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor grad_reset_hx, "   \
        "Tensor grad_reset_cx, Tensor[] grad_weights)"
 
 #ifdef RNN_FUSED_EMULATION
@@ -19,12 +19,15 @@ STABLE_TORCH_LIBRARY(rnn_fused_emulated, m) {
 #else
 STABLE_TORCH_LIBRARY(rnn_fused, m) {
 #endif
-  // input [T, B, I], or packed [N, I] with batch_sizes [T] on the CPU or its own device; hx [D, B,
-  // P]; cx [D, B, H]; weight_ih [G*H, I], weight_hh [G*H, P], bias_* [G*H], weight_hr [P, H].
+  // input [T, B, I] or packed [N, I]; hx [D, B, P]; cx [D, B, H]; weight_ih [G*H, I], weight_hh
+  // [G*H, P], bias_* [G*H], weight_hr [P, H].
+  // sizes: of packed input its batch_sizes [T], on the CPU or its own device. Of [T, B, I], on the
+  // CPU only, the lengths [B] of its sequences: output and grad_input are zero behind their ends.
   // resets: bool [T, B] or packed [N]; after one the state is reset_hx and reset_cx, of the shapes
   // of hx and cx, or zero.
-  // -> output, h_n, c_n, and for the backward pass gates [D, N, 4, H] and cells [D, N, H], with
-  // shape [0] where not to be saved: it needs the cells, and rebuilds gates that it is not given.
+  // -> output, h_n, c_n, and for the backward pass gates [D, N, 4, H] and cells [D, N, H], always
+  // packed, with shape [0] where not to be saved: it needs the cells, and rebuilds gates that it is
+  // not given.
   // gate_slope: gates are sigmoid(gate_slope * x). |c| is at most cell_clip. grad_clip_value bounds
   // the gradients of h and c that leave a step backwards. kernels (auto, stepwise or persistent)
   // and allow_tf32, in float32 products, are for CUDA. No defaults: what register_autograd is given
@@ -32,7 +35,7 @@ STABLE_TORCH_LIBRARY(rnn_fused, m) {
   m.def(
       "layer_forward(Tensor input, Tensor hx, Tensor? cx, Tensor? reset_hx, Tensor? reset_cx, "
       "Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, "
-      "Tensor[] weight_hr, Tensor? batch_sizes, Tensor? resets, str cell, float gate_slope, "
+      "Tensor[] weight_hr, Tensor? sizes, Tensor? resets, str cell, float gate_slope, "
       "float? cell_clip, float? grad_clip_value, str kernels, bool allow_tf32, bool save_gates, "
       "bool save_cells) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");

@@ -9,6 +9,9 @@
 // = row_start[t] + b. The reverse direction walks t downwards over the same rows, so a sequence
 // joins at its own end. The last sequences may have no timestep, the last timesteps no sequence,
 // and behind the rows of all timesteps there may be others: the tail, which the loops leave alone.
+//
+// Padded: a ragged batch whose input, output and gradients of these are [T, B, ...] and, like its
+// states, in the caller's order of sequences. Rows elsewhere are packed. On the CPU only.
 #pragma once
 
 #include <cstdint>
@@ -70,12 +73,17 @@ struct LayerShape {
   // row's own; at its first, whether the forward direction begins with the reset state.
   const bool* resets = nullptr;
   Options options = {};
-  bool sizes_on_device = false;  // batch_sizes and row_start are known to a CUDA device alone
+  bool sizes_on_device = false;    // batch_sizes and row_start are known to a CUDA device alone
+  const int64_t* order = nullptr;  // [B], padded: which the caller's sequence b is; else null
 
   // Sequences that reach timestep t, and the row of the first.
   RNN_FUSED_HD int64_t active(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
   RNN_FUSED_HD int64_t row(int64_t t) const { return row_start ? row_start[t] : t * B; }
   RNN_FUSED_HD bool projected() const { return P != H; }
+
+  // Sequence b, and its row at timestep t, in the caller's tensors.
+  int64_t sequence(int64_t b) const { return order ? order[b] : b; }
+  int64_t place(int64_t t, int64_t b) const { return order ? t * B + order[b] : row(t) + b; }
 
   // Whether sequence b has a reset between timesteps t - 1 and t.
   RNN_FUSED_HD bool resets_at(int64_t t, int64_t b) const {
@@ -173,7 +181,7 @@ struct GatesParams {
   DType dtype;
   Options options;
   int64_t N, I, H, P;
-  const void* input;          // [N, I]
+  const void* const* input;   // N pointers to rows of I
   const void* const* h_prev;  // N pointers to rows of P: h before each row's step
   const void *weight_ih, *weight_hh, *bias_ih, *bias_hh;  // as in ForwardDirection
   void* gates;                                            // [N, S*H]
@@ -188,7 +196,8 @@ struct InputGradientParams {
   int64_t stride;             // elements between rows of grad_gates
   const void* grad_gates[2];  // [N, stride]
   const void* weight_ih[2];   // [K, I]
-  void* grad_input;           // [N, I]
+  void* grad_input;           // rows of I
+  const int64_t* place;       // [N] which of them
   bool accumulate = false;    // add to what is there
 };
 

@@ -78,7 +78,7 @@ class Backward {
       for (int64_t j = columns.begin; j < columns.end && (clips || reset); j += kWidth) {
         A* gradient = dir.dh + b * Pp_ + j;
         store(gradient, clip(load(gradient), options_.grad_clip));
-        if (reset) end_at_reset(dir.grad_reset_h, b * p_.P + j, gradient, p_.P - j);
+        if (reset) end_at_reset(dir.grad_reset_h, p_.sequence(b) * p_.P + j, gradient, p_.P - j);
       }
     }
   }
@@ -107,7 +107,7 @@ class Backward {
     if (p_.steps_before > 0)
       copy_matrix<A>(carried, p_.B, columns, gradient.get(), ld);
     else
-      copy_matrix<T>(grad_n, p_.B, columns, gradient.get(), ld);
+      copy_matrix<T>(grad_n, p_.B, columns, gradient.get(), ld, p_.order);
     return gradient;
   }
 
@@ -117,7 +117,7 @@ class Backward {
     if (p_.steps_after > 0)
       copy_back<A>(gradient.get(), ld, p_.B, columns, carried);
     else
-      copy_back<T>(gradient.get(), ld, p_.B, columns, grad_0);
+      copy_back<T>(gradient.get(), ld, p_.B, columns, grad_0, p_.order);
   }
 
   // Hands a register of what reaches the state before a step over to the reset state.
@@ -128,11 +128,11 @@ class Backward {
     store(gradient, V{});
   }
 
-  // dh of one register of columns: what the caller passes for this row and what later steps left.
-  V total_dh(const Direction& dir, int64_t row, int64_t b, int64_t column) const {
+  // dh of one register of columns: what the caller passes at this place and what later steps left.
+  V total_dh(const Direction& dir, int64_t place, int64_t b, int64_t column) const {
     const V dh = load(dir.dh + b * Pp_ + column);
     if (!dir.grad_output) return dh;
-    const T* grad = static_cast<const T*>(dir.grad_output) + row * p_.output_stride + column;
+    const T* grad = static_cast<const T*>(dir.grad_output) + place * p_.output_stride + column;
     return dh + load(grad, lanes_left<T>(p_.P - column));
   }
 
@@ -141,7 +141,7 @@ class Backward {
     for (int64_t b = rows.begin; b < rows.end; ++b)
       for (int64_t j = 0; j < p_.P; j += kWidth) {
         const int n = lanes_left<T>(p_.P - j);
-        const V dh = total_dh(dir, p_.row(t) + b, b, j);
+        const V dh = total_dh(dir, p_.place(t, b), b, j);
         store(static_cast<T*>(dir.grad_projected) + (p_.row(t) + b - dir.first_row) * p_.P + j, dh,
               n);
         store(dir.dh_operand + b * Pp_ + j, dh, n);
@@ -155,7 +155,7 @@ class Backward {
   // them.
   void gate_gradients(int d, int64_t t, int64_t b, Range columns, Operand<T>* operand) {
     Direction& dir = dir_[d];
-    const int64_t H = p_.H, row = p_.row(t) + b;
+    const int64_t H = p_.H, row = p_.row(t) + b, place = p_.place(t, b), sequence = p_.sequence(b);
     const int64_t end = p_.projected() ? H : columns.end;
     // Where this row's state came from: the step before it, a reset, or the initial state.
     const int64_t before = d == 0 ? t - 1 : t + 1;
@@ -164,6 +164,7 @@ class Backward {
     const T* const h_first = static_cast<const T*>(reset ? dir.reset_h : dir.h0);
     const T* const c_first = static_cast<const T*>(reset ? dir.reset_c : dir.c0);
     const int64_t row_before = first ? 0 : p_.row(before) + b;
+    const int64_t place_before = first ? 0 : p_.place(before, b);
     const int64_t row_of_window = row - dir.first_row;
     const T* gates = static_cast<const T*>(dir.gates) + row_of_window * saved_count(kCell) * H;
     T* grads = static_cast<T*>(dir.grad_gates) + row_of_window * saved_count(kCell) * H;
@@ -179,8 +180,9 @@ class Backward {
         const A* cells = static_cast<const A*>(dir.cells);
         const LstmGates<V> a = {load(gates + j, n), load(gates + H + j, n),
                                 load(gates + 2 * H + j, n), load(gates + 3 * H + j, n)};
-        const V c_prev = first ? load(c_first + b * H + j, n) : load(cells + row_before * H + j, n);
-        const V dh = p_.projected() ? load(dir.dhidden + b * Hp_ + j) : total_dh(dir, row, b, j);
+        const V c_prev =
+            first ? load(c_first + sequence * H + j, n) : load(cells + row_before * H + j, n);
+        const V dh = p_.projected() ? load(dir.dhidden + b * Hp_ + j) : total_dh(dir, place, b, j);
         A* dc = dir.dc + b * Hp_ + j;
         V dc_total = load(dc);
         if (dir.grad_cells)
@@ -192,16 +194,16 @@ class Backward {
         put(2, g.gates.g, 2);
         put(3, g.gates.o, 3);
         store(dc, g.c_prev);
-        if (reset) end_at_reset(dir.grad_reset_c, b * H + j, dc, H - j);
+        if (reset) end_at_reset(dir.grad_reset_c, sequence * H + j, dc, H - j);
         if (p_.projected()) store(static_cast<T*>(dir.hidden) + row_of_window * H + j, g.hidden, n);
       } else {
         const T* output = static_cast<const T*>(dir.output);
-        const V dh = total_dh(dir, row, b, j);
+        const V dh = total_dh(dir, place, b, j);
         if constexpr (kGru) {
           const GruGates<V> a = {load(gates + j, n), load(gates + H + j, n),
                                  load(gates + 2 * H + j, n), load(gates + 3 * H + j, n)};
-          const V h_prev = first ? load(h_first + b * H + j, n)
-                                 : load(output + row_before * p_.output_stride + j, n);
+          const V h_prev = first ? load(h_first + sequence * H + j, n)
+                                 : load(output + place_before * p_.output_stride + j, n);
           const GruGrads<V> g = gru_backward(a, h_prev, dh, options_);
           put(0, g.gates.r, 0);
           put(1, g.gates.z, 1);
@@ -209,7 +211,7 @@ class Backward {
           put(3, g.gates.hn, 2);
           store(dir.dh + b * Pp_ + j, g.h_prev);
         } else {
-          const V h = load(output + row * p_.output_stride + j, n);
+          const V h = load(output + place * p_.output_stride + j, n);
           put(0, kCell == Cell::rnn_tanh ? dh * (1 - h * h) : Math<A>::relu_grad(h, dh), 0);
         }
       }

@@ -58,40 +58,42 @@ class Forward {
     const int64_t chunk = dir.input.chunk();
     if (s == 0 || t % chunk == (d == 0 ? 0 : chunk - 1)) dir.input.compute(t, rows, panels);
     rows.end = std::min(rows.end, p_.active(t));
-    const int64_t first = p_.row(t);
     const Operand<T>* h = dir.h[s % 2].get();
     Operand<T>* h_next = dir.h[(s + 1) % 2].get();
     // The sums are completed where they lie. The GRU's first register, n, has no recurrent product.
     A* slots = dir.input.at(0, t);
     const int64_t panel_stride = dir.input.panel_stride();
     A* sums = slots + (kGru ? kWidth : 0);
-    dir.weights.multiply(h, Pp_, rows.begin, rows.end, panels.begin, panels.end,
-                         {sums, Input::kSlot, panel_stride}, {sums, Input::kSlot, panel_stride},
-                         [&](int64_t b, int height, int64_t panel) {
-                           const A* slot = slots + panel * panel_stride + b * Input::kSlot;
-                           for (int r = 0; r < height; ++r, ++b, slot += Input::kSlot)
-                             activate(dir, {first + b, b, p_.leaves_reset(d, t, b)},
-                                      panel * Gate::kColumns, slot, h, h_next);
-                         });
+    dir.weights.multiply(
+        h, Pp_, rows.begin, rows.end, panels.begin, panels.end, {sums, Input::kSlot, panel_stride},
+        {sums, Input::kSlot, panel_stride}, [&](int64_t b, int height, int64_t panel) {
+          const A* slot = slots + panel * panel_stride + b * Input::kSlot;
+          for (int r = 0; r < height; ++r, ++b, slot += Input::kSlot)
+            activate(dir, row_of(d, t, b), panel * Gate::kColumns, slot, h, h_next);
+        });
     if constexpr (kLstm)
       if (p_.projected())
-        dir.projection.multiply(dir.hidden.get(), Hp_, rows.begin, rows.end, 0,
-                                dir.projection.panel_count(), {kZeros<A>, 0, 0},
-                                {dir.projected.get(), Pp_, 4 * kWidth},
-                                [&](int64_t b, int height, int64_t panel) {
-                                  const int64_t column = panel * 4 * kWidth;
-                                  for (int r = 0; r < height; ++r, ++b)
-                                    emit_panel(dir, {first + b, b, p_.leaves_reset(d, t, b)},
-                                               column, dir.projected + b * Pp_ + column, h_next);
-                                });
+        dir.projection.multiply(
+            dir.hidden.get(), Hp_, rows.begin, rows.end, 0, dir.projection.panel_count(),
+            {kZeros<A>, 0, 0}, {dir.projected.get(), Pp_, 4 * kWidth},
+            [&](int64_t b, int height, int64_t panel) {
+              const int64_t column = panel * 4 * kWidth;
+              for (int r = 0; r < height; ++r, ++b)
+                emit_panel(dir, row_of(d, t, b), column, dir.projected + b * Pp_ + column, h_next);
+            });
     sync();
   }
 
  private:
   struct Row {
-    int64_t row, b;
+    int64_t row, place;  // the packed one, and the caller's
+    int64_t b;
     bool reset;  // the sequence's next step begins with the reset state
   };
+
+  Row row_of(int d, int64_t t, int64_t b) const {
+    return {p_.row(t) + b, p_.place(t, b), b, p_.leaves_reset(d, t, b)};
+  }
 
   void prepare(int d) {
     Direction& dir = dir_[d];
@@ -100,11 +102,11 @@ class Forward {
     dir.weights = Gate(dir.weight_hh, p_.H, p_.P, schedule_.pack);
     for (auto& h : dir.h) {
       h = Buffer<Operand<T>>::zeros(p_.B * Pp_);
-      copy_matrix<T>(dir.h0, p_.B, p_.P, h.get(), Pp_);
+      copy_matrix<T>(dir.h0, p_.B, p_.P, h.get(), Pp_, p_.order);
     }
     if constexpr (kLstm) {
       dir.c = Buffer<A>::zeros(p_.B * Hp_);
-      copy_matrix<T>(dir.c0, p_.B, p_.H, dir.c.get(), Hp_);
+      copy_matrix<T>(dir.c0, p_.B, p_.H, dir.c.get(), Hp_, p_.order);
       if (p_.projected()) {
         dir.projection = {dir.weight_hr, p_.P, p_.H, schedule_.pack};
         dir.projection.pack(0, dir.projection.panel_count());
@@ -114,11 +116,9 @@ class Forward {
     }
     for (int64_t b = 0; d == 0 && p_.resets && b < p_.B; ++b) {
       if (!p_.resets_at(0, b)) continue;
-      copy_matrix<T>(static_cast<const T*>(dir.reset_h) + b * p_.P, 1, p_.P, dir.h[0] + b * Pp_,
-                     Pp_);
-      if constexpr (kLstm)
-        copy_matrix<T>(static_cast<const T*>(dir.reset_c) + b * p_.H, 1, p_.H, dir.c + b * Hp_,
-                       Hp_);
+      const int64_t sequence = p_.sequence(b);
+      copy_matrix<T>(dir.reset_h, 1, p_.P, dir.h[0] + b * Pp_, Pp_, &sequence);
+      if constexpr (kLstm) copy_matrix<T>(dir.reset_c, 1, p_.H, dir.c + b * Hp_, Hp_, &sequence);
     }
   }
 
@@ -126,7 +126,7 @@ class Forward {
   // pre-activations.
   void activate(Direction& dir, const Row& at, int64_t unit, const A* slot, const Operand<T>* h,
                 Operand<T>* h_next) const {
-    const auto [row, b, reset] = at;
+    const int64_t row = at.row, b = at.b;
     const int n = lanes_left<T>(p_.H - unit);
     const auto save = [&](int gate, V value) {
       store(static_cast<T*>(dir.gates) + row * p_.gates_stride + gate * p_.H + unit, value, n);
@@ -137,7 +137,8 @@ class Forward {
       A* c = dir.c + b * Hp_ + unit;
       lstm_activate<Math<A>>(a, options_);
       const LstmState<V> state = lstm_forward<Math<A>>(a, load(c), options_);
-      store(c, reset ? load(static_cast<const T*>(dir.reset_c) + b * p_.H + unit, n) : state.c);
+      store(c, at.reset ? load(static_cast<const T*>(dir.reset_c) + p_.sequence(b) * p_.H + unit, n)
+                        : state.c);
       if (p_.save_gates) {
         save(0, a.i);
         save(1, a.f);
@@ -173,13 +174,12 @@ class Forward {
 
   // h of one register of units, rounded to T: the next step sees what the caller sees.
   void emit(Direction& dir, const Row& at, int64_t column, V h, Operand<T>* h_next) const {
-    const auto [row, b, reset] = at;
     const int n = lanes_left<T>(p_.P - column);
-    T* output = static_cast<T*>(dir.output) + row * p_.output_stride + column;
-    store(output, h, n);
-    if (reset) h = load(static_cast<const T*>(dir.reset_h) + b * p_.P + column, n);
+    store(static_cast<T*>(dir.output) + at.place * p_.output_stride + column, h, n);
+    if (at.reset)
+      h = load(static_cast<const T*>(dir.reset_h) + p_.sequence(at.b) * p_.P + column, n);
     // Where the operand is T itself, the store rounds.
-    store(h_next + b * Pp_ + column, std::is_same_v<Operand<T>, T> ? h : round_to<T>(h), n);
+    store(h_next + at.b * Pp_ + column, std::is_same_v<Operand<T>, T> ? h : round_to<T>(h), n);
   }
 
   void emit_panel(Direction& dir, const Row& at, int64_t column, const A* h,
@@ -197,11 +197,12 @@ class Forward {
       if (d == 0)
         while (t >= 0 && p_.active(t) <= b) --t;
       const bool ran = t >= 0 && b < p_.active(t);
-      std::copy_n(ran ? output + (p_.row(t) + b) * p_.output_stride
-                      : static_cast<const T*>(dir.h0) + b * p_.P,
-                  p_.P, static_cast<T*>(dir.h_n) + b * p_.P);
+      const int64_t state = p_.sequence(b) * p_.P;
+      std::copy_n(
+          ran ? output + p_.place(t, b) * p_.output_stride : static_cast<const T*>(dir.h0) + state,
+          p_.P, static_cast<T*>(dir.h_n) + state);
     }
-    if constexpr (kLstm) copy_back<T>(dir.c.get(), Hp_, p_.B, p_.H, dir.c_n);
+    if constexpr (kLstm) copy_back<T>(dir.c.get(), Hp_, p_.B, p_.H, dir.c_n, p_.order);
   }
 
   const ForwardParams& p_;

@@ -56,9 +56,10 @@ class Gates {
   void compute(int64_t part, int64_t first, int64_t rows) const {
     Operand<T>* const x = x_ + part * kBlock * ldx_;
     Operand<T>* const h = h_ + part * kBlock * ldh_;
-    copy_matrix<T>(static_cast<const T*>(p_.input) + first * p_.I, rows, p_.I, x, ldx_);
-    for (int64_t r = 0; r < rows; ++r)
+    for (int64_t r = 0; r < rows; ++r) {
+      copy_matrix<T>(p_.input[first + r], 1, p_.I, x + r * ldx_, ldx_);
       copy_matrix<T>(p_.h_prev[first + r], 1, p_.P, h + r * ldh_, ldh_);
+    }
     // Slots as in the forward loop (input_product.h).
     const int64_t panels = input_.panel_count(), panel_stride = kBlock * kSlot;
     A* const slots = sums_ + part * panels * panel_stride;

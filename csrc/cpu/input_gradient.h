@@ -33,8 +33,7 @@ void multiply_by_weights(const InputGradientParams& p, const Host& host) {
     A* sum = sums + begin * kBlock * ld;
     for (int64_t n = p.N * begin / parts; n < p.N * end / parts; n += kBlock) {
       const int64_t rows = std::min(kBlock, p.N * end / parts - n);
-      T* const out = static_cast<T*>(p.grad_input) + n * p.I;
-      if (p.accumulate) copy_matrix<T>(out, rows, p.I, sum, ld);
+      if (p.accumulate) copy_matrix<T>(p.grad_input, rows, p.I, sum, ld, p.place + n);
       for (int d = 0; d < p.directions; ++d) {
         const T* grads = static_cast<const T*>(p.grad_gates[d]) + n * p.stride;
         const Operand<T>* a;
@@ -52,7 +51,7 @@ void multiply_by_weights(const InputGradientParams& p, const Host& host) {
                                     : typename Matrix::From{sum, ld, Matrix::kPanelWidth};
         weights[d].multiply(a, kDirect ? p.stride : ldk, 0, rows, 0, panels, from, to);
       }
-      copy_back<T>(sum, ld, rows, p.I, out);
+      copy_back<T>(sum, ld, rows, p.I, p.grad_input, p.place + n);
     }
   });
 }

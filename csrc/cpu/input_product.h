@@ -72,7 +72,8 @@ class InputProduct {
         source_(static_cast<const T*>(dir.gates)),
         panels_(Gate::panel_count(params.H)),
         parts_(schedule.unit_parts),
-        direct_(std::is_same_v<Operand<T>, T> && params.I % Product<T>::kDepth == 0),
+        direct_(std::is_same_v<Operand<T>, T> && params.I % Product<T>::kDepth == 0 &&
+                !params.order),
         ldx_(padded_depth<T>(params.I)),
         bias_(params.H, dir.bias_ih, dir.bias_hh) {
     const int64_t rows = std::max<int64_t>(params.B / schedule.row_parts, 1);
@@ -104,12 +105,14 @@ class InputProduct {
     const int64_t part = (panels.begin * parts_ + panels_ - 1) / panels_;
     Operand<T>* converted = converted_ + part * chunk_ * p_->B * ldx_;
     for (int64_t i = window.begin; !direct_ && i < window.end; ++i)
-      copy_matrix<T>(input(i, rows.begin), active(i, rows) - rows.begin, p_->I,
-                     converted + (i % chunk_ * p_->B + rows.begin) * ldx_, ldx_);
+      copy_matrix<T>(p_->order ? input(i * p_->B) : input(p_->row(i) + rows.begin),
+                     active(i, rows) - rows.begin, p_->I,
+                     converted + (i % chunk_ * p_->B + rows.begin) * ldx_, ldx_,
+                     p_->order ? p_->order + rows.begin : nullptr);
     for (int64_t p = panels.begin; p < panels.end; ++p) {  // outside: a panel stays in the cache
       // `count` rows from (t, b) on, each `stride` rows after the one before.
       const auto multiply = [&](int64_t t, int64_t b, int64_t count, int64_t stride) {
-        const Operand<T>* x = direct_ ? reinterpret_cast<const Operand<T>*>(input(t, b))
+        const Operand<T>* x = direct_ ? reinterpret_cast<const Operand<T>*>(input(p_->row(t) + b))
                                       : converted + (t % chunk_ * p_->B + b) * ldx_;
         weights_.multiply(x, (direct_ ? p_->I : ldx_) * stride, 0, count, p, p + 1,
                           {bias_.sums(0), 0, Gate::kPanelWidth},
@@ -138,9 +141,7 @@ class InputProduct {
   int64_t active(int64_t t, Range rows) const {
     return std::max(rows.begin, std::min(rows.end, p_->active(t)));
   }
-  const T* input(int64_t t, int64_t b) const {
-    return static_cast<const T*>(p_->input) + (p_->row(t) + b) * p_->I;
-  }
+  const T* input(int64_t row) const { return static_cast<const T*>(p_->input) + row * p_->I; }
 
   void put_bias_hn(Range window, Range rows, Range panels) {
     for (int64_t p = panels.begin; p < panels.end; ++p)

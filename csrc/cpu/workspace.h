@@ -37,27 +37,33 @@ class Buffer {
 };
 
 // Copies a matrix [rows, columns] of T into one of Out (T, or its accumulation type) with the row
-// stride `ld`; null gives nothing.
+// stride `ld`; null gives nothing. With `order`, its rows are the source's order[0], order[1], ...
 template <class T, class Out>
-void copy_matrix(const void* source, int64_t rows, int64_t columns, Out* out, int64_t ld) {
+void copy_matrix(const void* source, int64_t rows, int64_t columns, Out* out, int64_t ld,
+                 const int64_t* order = nullptr) {
   const T* from = static_cast<const T*>(source);
   if (!from) return;
-  for (int64_t r = 0; r < rows; ++r)
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* const row = from + (order ? order[r] : r) * columns;
     for (int64_t c = 0; c < columns; c += kLanes<Acc<T>>) {
       const int n = lanes_left<T>(columns - c);
-      store(out + r * ld + c, load(from + r * columns + c, n), n);
+      store(out + r * ld + c, load(row + c, n), n);
     }
+  }
 }
 
 // And back, rounding to T.
 template <class T, class In>
-void copy_back(const In* from, int64_t ld, int64_t rows, int64_t columns, void* target) {
+void copy_back(const In* from, int64_t ld, int64_t rows, int64_t columns, void* target,
+               const int64_t* order = nullptr) {
   T* out = static_cast<T*>(target);
-  for (int64_t r = 0; r < rows; ++r)
+  for (int64_t r = 0; r < rows; ++r) {
+    T* const row = out + (order ? order[r] : r) * columns;
     for (int64_t c = 0; c < columns; c += kLanes<Acc<T>>) {
       const int n = lanes_left<T>(columns - c);
-      store(out + r * columns + c, load(from + r * ld + c, n), n);
+      store(row + c, load(from + r * ld + c, n), n);
     }
+  }
 }
 
 }  // namespace rnn_fused::RNN_FUSED_ISA

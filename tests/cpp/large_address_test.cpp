@@ -68,6 +68,7 @@ TEST_CASE("the input's gradient from rows 2^31 elements apart") {
   for (DType dtype : kDTypes)
     for (int64_t N : {1, 5}) {
       constexpr int64_t K = 7, I = 5, stride = (int64_t{1} << 31) + 5;
+      constexpr int64_t place[] = {0, 1, 2, 3, 4};
       const Array grads = random.array(dtype, N * K, 1), weight = random.array(dtype, K * I, 1);
       const AddressSpace far(N * stride * size_of(dtype));
       for (int64_t n = 0; n < N; ++n)
@@ -76,10 +77,18 @@ TEST_CASE("the input's gradient from rows 2^31 elements apart") {
         if (!isa_supported(isa)) continue;
         const auto run = [&](const void* grads, int64_t stride) {
           Array result(dtype, N * I);
-          cpu_input_gradient(
-              isa,
-              {dtype, 1, N, K, I, stride, {grads, nullptr}, {weight.at(0), nullptr}, result.at(0)},
-              kOneThread);
+          cpu_input_gradient(isa,
+                             {dtype,
+                              1,
+                              N,
+                              K,
+                              I,
+                              stride,
+                              {grads, nullptr},
+                              {weight.at(0), nullptr},
+                              result.at(0),
+                              place},
+                             kOneThread);
           return result;
         };
         INFO(isa, " ", dtype, " N=", N);

@@ -182,7 +182,8 @@ inline Forward run_forward(Isa isa, const Layer& l, const Host& host, bool save,
 // Of an LSTM or GRU: the gates of every row, from its h's.
 inline Array rebuild_gates(Isa isa, const Layer& l, const Host& host, const Forward& forward,
                            int d) {
-  std::vector<const void*> before(l.N);
+  std::vector<const void*> before(l.N), input(l.N);
+  for (int64_t n = 0; n < l.N; ++n) input[n] = l.input.at(n * l.I);
   for (int64_t b = 0; b < l.B; ++b)
     for (int64_t t = 0; t < l.lengths[b]; ++t) {
       const int64_t previous = d == 0 ? t - 1 : t + 1;
@@ -195,7 +196,7 @@ inline Array rebuild_gates(Isa isa, const Layer& l, const Host& host, const Forw
   Array gates(l.dtype, l.N * l.S() * l.H);
   const DirectionWeights w = l.weights(d);
   cpu_gates(isa,
-            {l.cell, l.dtype, l.shape().options, l.N, l.I, l.H, l.P, l.input.at(0), before.data(),
+            {l.cell, l.dtype, l.shape().options, l.N, l.I, l.H, l.P, input.data(), before.data(),
              l.direction[d].weight_ih.at(0), w.weight_hh, w.bias_ih, w.bias_hh, gates.at(0),
              repays_packing(l.shape())},
             host);

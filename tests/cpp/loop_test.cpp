@@ -4,6 +4,7 @@
 #include <array>
 
 #include "tests/cpp/check.h"
+#include "tests/cpp/padded.h"
 
 namespace rnn_fused {
 namespace {
@@ -48,6 +49,10 @@ void check_layer(const Sizes& sizes, uint64_t seed) {
     const int64_t window = 1 + static_cast<int64_t>(seed % static_cast<uint64_t>(l.T));
     CAPTURE(window);
     CHECK(run_backward(isa, l, kOneThread, saved, upstream, window) == grads);
+    if (!l.ragged) continue;
+    const Padded padded(l);
+    CHECK(padded.run_forward(isa, kOneThread, true) == run_forward(isa, l, kOneThread, true));
+    CHECK(padded.run_backward(isa, kOneThread, saved, upstream, window) == grads);
   }
 }
 
@@ -195,6 +200,8 @@ TEST_CASE("the input's gradient equals the reference") {
         weights[d] = random.array(dtype, K * I, 1);
       }
       const bool accumulate = i % 2;
+      std::vector<int64_t> place(N);  // every other row, backwards
+      for (int64_t n = 0; n < N; ++n) place[n] = 2 * (N - 1 - n);
       std::vector<Sum> expected(N * I);
       for (Sum& sum : expected) sum.add(accumulate ? 0.5 : 0);
       for (int d = 0; d < directions; ++d)
@@ -203,8 +210,9 @@ TEST_CASE("the input's gradient equals the reference") {
             for (int64_t c = 0; c < I; ++c)
               expected[n * I + c].add(grads[d][n * stride + k] * weights[d][k * I + c]);
       for (Isa isa : supported_isas()) {
-        Array actual(dtype, N * I);
-        for (int64_t j = 0; accumulate && j < N * I; ++j) actual.set(j, 0.5);
+        Array actual(dtype, (2 * N - 1) * I);
+        for (int64_t j = 0; accumulate && j < actual.size(); ++j) actual.set(j, 0.5);
+        const Array before = actual;
         cpu_input_gradient(isa,
                            {dtype,
                             directions,
@@ -215,11 +223,14 @@ TEST_CASE("the input's gradient equals the reference") {
                             {grads[0].at(0), grads[1].at(0)},
                             {weights[0].at(0), weights[1].at(0)},
                             actual.at(0),
+                            place.data(),
                             accumulate},
                            kOneThread);
         int64_t wrong = 0;
         for (int64_t j = 0; j < N * I; ++j)
-          wrong += !expected[j].equals(actual[j], dtype, directions * K + 2);
+          wrong += !expected[j].equals(actual[place[j / I] * I + j % I], dtype, directions * K + 2);
+        for (int64_t n = 0; n < N - 1; ++n)
+          wrong += actual.part((2 * n + 1) * I, I) != before.part((2 * n + 1) * I, I);
         INFO(isa, " ", dtype, " N=", N, " K=", K, " I=", I, " D=", directions,
              " accumulate=", accumulate);
         CHECK(wrong == 0);

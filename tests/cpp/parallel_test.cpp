@@ -3,9 +3,10 @@
 
 #include <array>
 #include <atomic>
+#include <numeric>
 #include <thread>
 
-#include "tests/cpp/layer.h"
+#include "tests/cpp/padded.h"
 
 namespace rnn_fused {
 namespace {
@@ -47,6 +48,7 @@ void check_same_bits(Sizes sizes, bool by_units) {
   sizes.options = sizes.B % 2 == 0;
   CAPTURE(sizes);
   const Layer l(sizes, 1);
+  const Padded padded(l);
   const Upstream upstream(l, 2);
   for (Isa isa : two_isas()) {
     CAPTURE(isa);
@@ -58,8 +60,11 @@ void check_same_bits(Sizes sizes, bool by_units) {
       if (by_units && l.directions == host.threads) continue;  // a thread a direction is enough
       REQUIRE((by_units ? plan.unit_parts : plan.row_parts * l.directions) > 1);
       CHECK(run_forward(isa, l, host, true) == forward);
-      for (int64_t window : {l.T, (l.T + 2) / 3})
+      CHECK(padded.run_forward(isa, host, true) == forward);
+      for (int64_t window : {l.T, (l.T + 2) / 3}) {
         CHECK(run_backward(isa, l, host, forward, upstream, window) == backward);
+        CHECK(padded.run_backward(isa, host, forward, upstream, window) == backward);
+      }
     }
   }
 }
@@ -93,6 +98,8 @@ TEST_CASE("threads that divide the large products change no bit") {
     const Array input = random.array(dtype, N * I, 1);
     std::vector<const void*> rows(N);
     for (int64_t n = 0; n < N; ++n) rows[n] = input.at(n * I);
+    std::vector<int64_t> place(N);
+    std::iota(place.begin(), place.end(), 0);
     for (Isa isa : two_isas()) {
       const auto run = [&](const Host& host) {
         std::array results = {Array(dtype, N * I), Array(dtype, K * I), Array(dtype, K)};
@@ -105,7 +112,8 @@ TEST_CASE("threads that divide the large products change no bit") {
                             K,
                             {grads.at(0), grads.at(N * K)},
                             {weights.at(0), weights.at(K * I)},
-                            results[0].at(0)},
+                            results[0].at(0),
+                            place.data()},
                            host);
         cpu_outer_product(
             isa,
