@@ -9,6 +9,7 @@ from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import convert, revert
 from .explain import Gpu, explain
 from .families import kernels
+from .freeze import Frozen, freeze
 from .modules import GRU, LSTM, RNN
 from .state import detach_state
 
@@ -18,6 +19,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Frozen",
     "GRUCell",
     "Gpu",
     "LSTMCell",
@@ -28,6 +30,7 @@ __all__ = [
     "detach_state",
     "diagnostics",
     "explain",
+    "freeze",
     "init",
     "kernels",
     "ops",

@@ -50,6 +50,7 @@ class FusedRNNBase(RNNBase):
     cell_clip: float | None = None
     grad_clip_value: float | None = None
     save: str = "gates"
+    _packed: tuple[Tensor | None, ...] | None = None  # of each layer; in frozen modules
 
     def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name, default) for name, default in OWN_OPTIONS.items()}
@@ -381,6 +382,7 @@ class FusedRNNBase(RNNBase):
                 options=self._cell_options(),
                 all_cells=all_states and bool(cx),
                 recompute=self.save == "recompute",
+                packed=None if self._packed is None else self._packed[layer],
             )
             final.append((h_n,) if c_n is None else (h_n, c_n))
             if all_states:

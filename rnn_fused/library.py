@@ -42,6 +42,8 @@ class Call:
 
 
 layer_forward = torch.ops.rnn_fused.layer_forward.default
+layer_infer = torch.ops.rnn_fused.layer_infer.default
+pack_weights = torch.ops.rnn_fused.pack_weights.default
 layer_backward = torch.ops.rnn_fused.layer_backward.default
 layer_backward_ = torch.ops.rnn_fused.layer_backward_.default
 

@@ -33,6 +33,7 @@ def layer(
     options: CellOptions = PLAIN,
     all_cells: bool = False,
     recompute: bool = False,
+    packed: Tensor | None = None,
 ) -> LayerOutputs:
     """Runs one layer like `reference.layer`, which see for the shapes and the mathematics.
 
@@ -47,6 +48,7 @@ def layer(
     reverse direction begins; without a timestep it keeps its initial state. Where `takes_lengths`.
 
     recompute: keep nothing of the gates for the backward pass, which rebuilds them.
+    packed: `pack_weights(weights)`, for inference on the CPU; elsewhere it is not used.
 
     Derivatives of every order and kind pass through it: backward, `torch.func`, forward mode. With
     grad_clip_value those that run backwards are clipped, and no derivatives in the strict sense.
@@ -74,6 +76,7 @@ def layer(
     if device != "meta" and torch.is_autocast_enabled(device):
         primals = input, hx, cx, reset_hx, reset_cx
         input, hx, cx, reset_hx, reset_cx, weights = _autocast(device, primals, weights)
+        packed = None
     # torch.func's transforms inside a compiled region see neither Functions nor register_autograd.
     compiling = torch.compiler.is_compiling()
     transformed = torch._C._are_functorch_transforms_active()
@@ -113,6 +116,10 @@ def layer(
         output, h_n, c_n, _, cells = apply(
             LayerForward, call, *save, sizes, resets, *primals, *flatten(weights)
         )
+    elif packed is not None and not all_cells and host_knows(input):
+        arguments = *primals, *weights, sizes, resets, cell, *options[:2], packed
+        output, h_n, c_n = library.run(library.layer_infer, *arguments)
+        return LayerOutputs(output, h_n, None if cx is None else c_n, None)
     else:
         arguments = *primals, *weights, sizes, resets, *call.arguments, *save
         run = library.layer_forward if compiling else partial(library.run, library.layer_forward)
@@ -126,6 +133,17 @@ def layer(
         T, B = input.shape[:2]
         cells = ragged(lengths, input).unpack(F.pad(cells, (0, 0, 0, T * B - len(cells))))
     return LayerOutputs(output, h_n, c_n, cells)
+
+
+def pack_weights(weights: LayerWeights, cell: str) -> Tensor | None:
+    """The weights of a layer in the order of this processor's kernels, [D, values], for many calls
+    of `layer`; None where they are not on the CPU."""
+    weight_ih, weight_hh, _, _, weight_hr = weights
+    if not host_knows(weight_ih[0]):
+        return None
+    with torch.no_grad():
+        packed: Tensor = library.run(library.pack_weights, weight_ih, weight_hh, weight_hr, cell)
+    return packed
 
 
 def takes_lengths(input: Tensor, lengths: Tensor) -> bool:

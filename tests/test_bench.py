@@ -346,7 +346,7 @@ def test_cuda_has_defaults_of_its_own() -> None:
         "rnn_fused", "rnn_fused stepwise", "rnn_fused persistent", "flashrnn", "torchrl", "naive",
     }  # fmt: skip
     assert options.sections == ("devices", "grid")
-    assert parse([]).providers == ("rnn_fused", "onnxruntime", "naive")
+    assert parse([]).providers == ("rnn_fused", "rnn_fused frozen", "onnxruntime", "naive")
     everything = load_grids()
     assert all(p in options.problems for p in everything["flashrnn"])
     assert len(set(options.problems)) == len(options.problems)
@@ -390,7 +390,11 @@ def test_failures_do_not_end_the_run_but_fail_it(
     assert len(content["failures"]) == 4
     with (tmp_path / "out" / "rows.csv").open() as file:
         found = {row["provider"] for row in csv.DictReader(file)}
-    assert found - {*providers.OTHERS} == {"torch.nn", "rnn_fused", "rnn_fused persistent"}
+    assert found - {*providers.OTHERS, providers.FROZEN} == {
+        "torch.nn",
+        "rnn_fused",
+        "rnn_fused persistent",
+    }
 
 
 def test_a_lost_device_ends_the_run_with_what_there_is(
@@ -459,8 +463,14 @@ def test_command_line_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     grid_rows = [
         r for r in rows if r["section"] == "grid" and r["provider"] not in providers.OTHERS
     ]
-    assert len(grid_rows) == 2 * 2 * 2 * 3  # problems, dtypes, passes, providers
-    assert {r["provider"] for r in grid_rows} == {"torch.nn", "rnn_fused", "naive"}
+    # Problems, dtypes; providers in two passes, and in inference alone.
+    assert len(grid_rows) == 2 * 2 * (2 * 3 + 1)
+    assert {r["provider"] for r in grid_rows} == {
+        "torch.nn",
+        "rnn_fused",
+        providers.FROZEN,
+        "naive",
+    }
     assert all(float(r["p20_ms"]) <= float(r["p50_ms"]) <= float(r["p80_ms"]) for r in rows)
     assert all(r["threads"] == "1" and r["torch"] == torch.__version__ for r in rows)
     content = json.loads((output / "bench.json").read_text())

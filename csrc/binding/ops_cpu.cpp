@@ -35,18 +35,14 @@ void zero_padding(const Layer& layer, const Tensor& t, int64_t columns) {
       std::memset(at(t, (step * B + layer.order[b]) * columns), 0, bytes);
 }
 
-ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, OptionalTensor reset_hx,
-                             OptionalTensor reset_cx, Tensors weight_ih, Tensors weight_hh,
-                             Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
-                             OptionalTensor sizes, OptionalTensor resets, std::string cell,
-                             double gate_slope, std::optional<double> cell_clip,
-                             std::optional<double> grad_clip, std::string, bool, bool save_gates,
-                             bool save_cells) {
-  const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
-                    weight_hr, sizes, resets, cell, gate_slope, cell_clip, grad_clip);
+// packed: the weights as pack_weights leaves them, or none.
+ForwardTensors forward(const Layer& layer, const OptionalTensor& packed, bool save_gates,
+                       bool save_cells) {
   const bool input_by_library = !layer.padded && by_library(layer.shape.dtype, layer.rows,
                                                             layer.G() * layer.shape.H, layer.I);
-  const ForwardPass pass(layer, save_gates, save_cells, input_by_library);
+  ForwardPass pass(layer, save_gates, save_cells, input_by_library);
+  for (int d = 0; packed && d < layer.shape.directions; ++d)
+    pass.params.direction[d].packed = at(packed, d * packed->size(1));
   if (layer.shape.B > 0) {
     if (input_by_library) pass.multiply_input();
     cpu_forward(selected_isa(), pass.params, torch_threads());
@@ -56,6 +52,67 @@ ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, Optiona
   });
   if (layer.padded) zero_padding(layer, pass.output, pass.params.output_stride);
   return pass.results();
+}
+
+ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, OptionalTensor reset_hx,
+                             OptionalTensor reset_cx, Tensors weight_ih, Tensors weight_hh,
+                             Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
+                             OptionalTensor sizes, OptionalTensor resets, std::string cell,
+                             double gate_slope, std::optional<double> cell_clip,
+                             std::optional<double> grad_clip, std::string, bool, bool save_gates,
+                             bool save_cells) {
+  const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
+                    weight_hr, sizes, resets, cell, gate_slope, cell_clip, grad_clip);
+  return forward(layer, std::nullopt, save_gates, save_cells);
+}
+
+// How many values the packed weights of one direction are.
+int64_t packed_size(const Layer& layer) {
+  const LayerShape& s = layer.shape;
+  return cpu_pack_weights(selected_isa(), {s.cell, s.dtype, layer.I, s.H, s.P, {}, {}, {}},
+                          nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_infer(Tensor input, Tensor hx, OptionalTensor cx,
+                                               OptionalTensor reset_hx, OptionalTensor reset_cx,
+                                               Tensors weight_ih, Tensors weight_hh,
+                                               Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
+                                               OptionalTensor sizes, OptionalTensor resets,
+                                               std::string cell, double gate_slope,
+                                               std::optional<double> cell_clip, Tensor packed) {
+  const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
+                    weight_hr, sizes, resets, cell, gate_slope, cell_clip, std::nullopt);
+  const auto [output, h_n, c_n, gates, cells] = forward(
+      layer, layer.checked(packed, "packed", {layer.D(), packed_size(layer)}, "[D, packed values]"),
+      false, false);
+  return {output, h_n, c_n};
+}
+
+Tensor pack_weights(Tensors weight_ih, Tensors weight_hh, Tensors weight_hr, std::string cell) {
+  const int64_t D = static_cast<int64_t>(weight_ih.size());
+  RNN_FUSED_CHECK(D >= 1 && weight_ih[0].dim() == 2, "[", cell,
+                  "] weight_ih must hold a matrix per direction");
+  // A layer over nothing checks the rest.
+  const Tensor& like = weight_ih[0];
+  RNN_FUSED_CHECK(!weight_hh.empty() && weight_hh[0].dim() == 2, "[", cell,
+                  "] weight_hh must hold a matrix [G*H, P] per direction");
+  const int64_t G = gate_count(parse_cell(cell)), P = weight_hh[0].size(1);
+  const Tensor input = allocate(like, {1, 0, like.size(1)}), hx = allocate(like, {D, 0, P});
+  const OptionalTensor cx = cell == "lstm"
+                                ? OptionalTensor(allocate(like, {D, 0, weight_hh[0].size(0) / G}))
+                                : OptionalTensor();
+  const Layer layer(input, hx, cx, {}, {}, weight_ih, weight_hh, {}, {}, weight_hr, {}, {}, cell, 1,
+                    {}, {});
+  const LayerShape& s = layer.shape;
+  Tensor packed = allocate(like, {D, packed_size(layer)});
+  for (int d = 0; d < s.directions; ++d) {
+    const DirectionWeights w = layer.direction(d);
+    const PackParams params{s.cell,      s.dtype,    layer.I,
+                            s.H,         s.P,        layer.weight_ih[d].const_data_ptr(),
+                            w.weight_hh, w.weight_hr};
+    cpu_pack_weights(selected_isa(), params, at(packed, d * packed.size(1)));
+  }
+  return packed;
 }
 
 using Rows = std::vector<const void*>;  // anywhere in memory
@@ -241,6 +298,8 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rnn_fused, CPU, m) {
+  m.impl("pack_weights", TORCH_BOX(&pack_weights));
+  m.impl("layer_infer", TORCH_BOX(&layer_infer));
   m.impl("layer_forward", TORCH_BOX(&layer_forward));
   m.impl("layer_backward", TORCH_BOX(&layer_backward<false>));
   m.impl("layer_backward_", TORCH_BOX(&layer_backward<true>));

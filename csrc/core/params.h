@@ -122,6 +122,8 @@ struct ForwardDirection : DirectionWeights {
   void* output;  // [N, output_stride], this direction's first column
   void* h_n;     // [B, P]
   void* c_n;     // [B, H]; LSTM only
+  // The weights as cpu_pack_weights left them, or null. On the CPU only.
+  const void* packed = nullptr;
 };
 
 struct ForwardParams : LayerShape {
@@ -172,6 +174,14 @@ struct BackwardParams : LayerShape {
   RNN_FUSED_HD Range timesteps(int d) const {
     return d == 0 ? Range{steps_after, T - steps_before} : steps();
   }
+};
+
+// The weights of one direction, to be rearranged once for many forward passes.
+struct PackParams {
+  Cell cell;
+  DType dtype;
+  int64_t I, H, P;
+  const void *weight_ih, *weight_hh, *weight_hr;  // as in ForwardDirection
 };
 
 // The activated gates of some rows of one direction of an LSTM or GRU, from the h's of its forward

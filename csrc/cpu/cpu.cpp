@@ -10,9 +10,13 @@ using Kernel = void (*)(const Params&, const Schedule&, const Host&);
 Range timesteps(const ForwardParams& params, int) { return {0, params.T}; }
 Range timesteps(const BackwardParams& params, int d) { return params.timesteps(d); }
 
+bool packed(const ForwardParams& params) { return params.direction[0].packed != nullptr; }
+bool packed(const BackwardParams&) { return false; }
+
 template <class Params>
 void run(Kernel<Params> kernel, const Params& params, const Host& host) {
-  const Plan plan = plan_layer(params, host.threads);
+  Plan plan = plan_layer(params, host.threads);
+  plan.pack = plan.pack && !packed(params);
   std::vector<Range> rows;
   for (int d = 0; d < params.directions; ++d) {
     const std::vector<Range> own = balanced_rows(params, timesteps(params, d), plan.row_parts);
@@ -51,6 +55,10 @@ void cpu_input_gradient(Isa isa, const InputGradientParams& params, const Host& 
 
 void cpu_outer_product(Isa isa, const OuterProductParams& params, const Host& host) {
   RNN_FUSED_KERNEL(outer_product)(params, host);
+}
+
+int64_t cpu_pack_weights(Isa isa, const PackParams& params, void* out) {
+  return RNN_FUSED_KERNEL(pack_weights)(params, out);
 }
 
 }  // namespace rnn_fused

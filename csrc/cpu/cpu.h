@@ -14,6 +14,9 @@ void cpu_backward(Isa isa, const BackwardParams& params, const Host& host);
 void cpu_gates(Isa isa, const GatesParams& params, const Host& host);
 void cpu_input_gradient(Isa isa, const InputGradientParams& params, const Host& host);
 void cpu_outer_product(Isa isa, const OuterProductParams& params, const Host& host);
+// Writes the packed weights to `out` unless it is null; returns how many values they are. Their
+// layout is that of the instruction set.
+int64_t cpu_pack_weights(Isa isa, const PackParams& params, void* out);
 
 // A plan with the ranges of sequences of its row_parts.
 struct Schedule : Plan {
@@ -28,6 +31,7 @@ struct Schedule : Plan {
   void gates(const GatesParams& params, const Host& host);                                 \
   void input_gradient(const InputGradientParams& params, const Host& host);                \
   void outer_product(const OuterProductParams& params, const Host& host);                  \
+  int64_t pack_weights(const PackParams& params, void* out);                               \
   }
 RNN_FUSED_DECLARE_ISA(portable)
 RNN_FUSED_DECLARE_ISA(avx2)

@@ -98,8 +98,9 @@ class Forward {
   void prepare(int d) {
     Direction& dir = dir_[d];
     static_cast<ForwardDirection&>(dir) = p_.direction[d];
-    dir.input = Input(p_, dir, schedule_);
-    dir.weights = Gate(dir.weight_hh, p_.H, p_.P, schedule_.pack);
+    const PackedWeights<T, kCell> packed(dir.packed, p_.I, p_.H, p_.P);
+    dir.input = Input(p_, dir, schedule_, packed.ih);
+    dir.weights = Gate(dir.weight_hh, p_.H, p_.P, schedule_.pack, 0, packed.hh);
     for (auto& h : dir.h) {
       h = Buffer<Operand<T>>::zeros(p_.B * Pp_);
       copy_matrix<T>(dir.h0, p_.B, p_.P, h.get(), Pp_, p_.order);
@@ -108,7 +109,7 @@ class Forward {
       dir.c = Buffer<A>::zeros(p_.B * Hp_);
       copy_matrix<T>(dir.c0, p_.B, p_.H, dir.c.get(), Hp_, p_.order);
       if (p_.projected()) {
-        dir.projection = {dir.weight_hr, p_.P, p_.H, schedule_.pack};
+        dir.projection = {dir.weight_hr, p_.P, p_.H, schedule_.pack, 0, packed.hr};
         dir.projection.pack(0, dir.projection.panel_count());
         dir.hidden = Buffer<Operand<T>>::zeros(p_.B * Hp_);
         dir.projected = Buffer<A>(p_.B * Pp_);

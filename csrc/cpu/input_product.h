@@ -67,7 +67,9 @@ class InputProduct {
   static constexpr int64_t kSlot = 4 * kWidth;
 
   InputProduct() = default;
-  InputProduct(const ForwardParams& params, const ForwardDirection& dir, const Schedule& schedule)
+  // packed: W_ih, or null.
+  InputProduct(const ForwardParams& params, const ForwardDirection& dir, const Schedule& schedule,
+               const T* packed)
       : p_(&params),
         source_(static_cast<const T*>(dir.gates)),
         panels_(Gate::panel_count(params.H)),
@@ -80,7 +82,7 @@ class InputProduct {
     chunk_ = std::clamp<int64_t>(rows_per_chunk() / rows, 1, params.T);
     sums_ = Buffer<A>(panels_ * panel_stride());
     if (params.input_in_gates) return;
-    weights_ = Gate(dir.weight_ih, params.H, params.I, schedule.pack, Bias::kFirstGate);
+    weights_ = Gate(dir.weight_ih, params.H, params.I, schedule.pack, Bias::kFirstGate, packed);
     if (!direct_) converted_ = Buffer<Operand<T>>::zeros(parts_ * chunk_ * params.B * ldx_);
   }
 

@@ -38,6 +38,33 @@ void backward(const BackwardParams& params, const Schedule& schedule, const Host
   with_type(params.dtype, [&](auto t) { run_cell<Backward, decltype(t)>(params, schedule, host); });
 }
 
+template <class T, Cell kCell>
+int64_t pack(const PackParams& p, void* out) {
+  using Packed = PackedWeights<T, kCell>;
+  const Packed packed(out, p.I, p.H, p.P);
+  const auto put = [](auto weights, const T* to) {
+    weights.pack(0, weights.panel_count());
+    std::memcpy(const_cast<T*>(to), weights.panels(), weights.bytes());
+  };
+  if (!out) return packed.size;
+  put(typename Packed::Gate(p.weight_ih, p.H, p.I, true, GateBias<T, kCell>::kFirstGate),
+      packed.ih);
+  put(typename Packed::Gate(p.weight_hh, p.H, p.P, true), packed.hh);
+  if (packed.hr) put(typename Packed::Projection(p.weight_hr, p.P, p.H, true), packed.hr);
+  return packed.size;
+}
+
+int64_t pack_weights(const PackParams& params, void* out) {
+  int64_t size = 0;
+  with_type(params.dtype, [&](auto t) {
+    using T = decltype(t);
+    size = params.cell == Cell::lstm  ? pack<T, Cell::lstm>(params, out)
+           : params.cell == Cell::gru ? pack<T, Cell::gru>(params, out)
+                                      : pack<T, Cell::rnn_tanh>(params, out);
+  });
+  return size;
+}
+
 void gates(const GatesParams& params, const Host& host) {
   with_type(params.dtype, [&](auto t) {
     if (params.cell == Cell::gru)

@@ -17,7 +17,8 @@ struct Product {
   using Operand = Acc<T>;
   using Value = Vec<Acc<T>>;
   static constexpr int kDepth = 1;
-  static Value value(const Operand* a) { return broadcast(*a); }
+  static Value value(const Operand* a) { return broadcast(*a); }  // in every lane
+  static Value values(const Operand* a) { return load(a); }       // neighbouring ones
   static Value weight(const T* w) { return load(w); }
   static void accumulate(Vec<Acc<T>>& sum, Value a, Value w) { sum += a * w; }
 };
@@ -30,7 +31,8 @@ struct Product<bf16> {
   using Value = __m512bh;
   static constexpr int kDepth = 2;
   static Value value(const Operand* a) { return (__m512bh)_mm512_set1_epi32(load_as<int32_t>(a)); }
-  static Value weight(const bf16* w) { return (__m512bh)load_as<__m512i>(w); }
+  static Value values(const Operand* a) { return (__m512bh)load_as<__m512i>(a); }
+  static Value weight(const bf16* w) { return values(w); }
   static void accumulate(Vec<float>& sum, Value a, Value w) {
     sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, a, w);
   }
@@ -56,7 +58,7 @@ constexpr int kTileRows =
 // out[r * ldo + c] = init[r * ldi + c] + sum_k a[r * lda + k * step] * panel(k, c). Every sum runs
 // over k in the same order whatever the height of the tile, so that a sequence's result does not
 // depend on the rest of the batch or on the number of threads. (Calls too small to repay packing
-// sum in another order: `dot`.)
+// sum in another order: `dot_rows`.)
 template <class T>
 struct Tile {
   const Operand<T>* a;
@@ -117,22 +119,38 @@ void multiply(int rows, int64_t columns, const Tile<T>& tile) {
 }
 
 // The same products from weights as they lie in memory, for those that are computed too rarely to
-// repay the packing. Where `weight` has a row per output column: a dot product a column.
-template <class T>
-Acc<T> dot(const Operand<T>* a, const T* w, int64_t K) {
+// repay the packing. Where `weight` has a row per output column: the dot products of one with some
+// rows of `a`, each summed in the same order whatever the other rows. (Several columns at once
+// would read weights from several places, which takes longer than what their loads of `a` cost.)
+template <class T, int kRows>
+void dot_rows(const Operand<T>* a, int64_t lda, const T* w, int64_t K, Acc<T>* out) {
   using A = Acc<T>;
-  constexpr int kWidth = kLanes<A>;
-  Vec<A> sum[2] = {};
+  using M = Product<T>;
+  constexpr int64_t kWidth = kLanes<A> * M::kDepth;
+  Vec<A> sum[2][kRows] = {};
   int64_t k = 0;
-  for (; k + 2 * kWidth <= K; k += 2 * kWidth) {
-    sum[0] += load(a + k) * load(w + k);
-    sum[1] += load(a + k + kWidth) * load(w + k + kWidth);
-  }
-  for (; k < K; k += kWidth) {
+  for (; k + 2 * kWidth <= K; k += 2 * kWidth)
+#pragma GCC unroll 2
+    for (int s = 0; s < 2; ++s) {
+      const typename M::Value weight = M::weight(w + k + s * kWidth);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+        M::accumulate(sum[s][r], M::values(a + r * lda + k + s * kWidth), weight);
+    }
+  for (; k < K; k += kLanes<A>) {
     const int n = lanes_left<T>(K - k);
-    sum[0] += load(a + k, n) * load(w + k, n);
+    for (int r = 0; r < kRows; ++r) sum[0][r] += load(a + r * lda + k, n) * load(w + k, n);
   }
-  return sum_lanes<A>(sum[0] + sum[1]);
+  for (int r = 0; r < kRows; ++r) out[r] = sum_lanes<A>(sum[0][r] + sum[1][r]);
+}
+
+// For 1 to kMost rows.
+template <class T, int kMost>
+inline __attribute__((always_inline)) void dots(int rows, const Operand<T>* a, int64_t lda,
+                                                const T* w, int64_t K, Acc<T>* out) {
+  if constexpr (kMost > 1)
+    if (rows < kMost) return dots<T, kMost - 1>(rows, a, lda, w, K, out);
+  dot_rows<T, kMost>(a, lda, w, K, out);
 }
 
 // Where `w` has a row per k, `stride` apart: out[c] = init[c] + sum_k a[k] * w[k * stride + c], c <

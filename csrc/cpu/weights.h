@@ -24,22 +24,32 @@ class Weights {
 
   Weights() = default;
   // With Layout::gates the registers of a panel hold the gates from `first_gate` on and around.
-  Weights(const void* weight, int64_t columns, int64_t K, bool packed, int first_gate = 0)
+  // panels: the same weights, packed before; pack() then does nothing.
+  Weights(const void* weight, int64_t columns, int64_t K, bool packed, int first_gate = 0,
+          const T* panels = nullptr)
       : weight_(static_cast<const T*>(weight)),
         columns_(columns),
         K_(K),
-        packed_(packed),
-        first_gate_(first_gate) {
-    if (packed) panels_ = Buffer<T>(panel_count() * panel_size());
+        first_gate_(first_gate),
+        panels_(panels) {
+    if (panels || !packed) return;
+    own_ = Buffer<T>(size(columns, K));
+    panels_ = own_.get();
   }
 
   int64_t panel_count() const { return panel_count(columns_); }
   static int64_t panel_count(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
+  // Of all panels.
+  static int64_t size(int64_t columns, int64_t K) {
+    return panel_count(columns) * kPanelWidth * padded_depth<T>(K);
+  }
+  const T* panels() const { return panels_; }
+  int64_t bytes() const { return size(columns_, K_) * static_cast<int64_t>(sizeof(T)); }
 
   void pack(int64_t first_panel, int64_t last_panel) {
-    if (!packed_) return;
+    if (!own_.get()) return;
     for (int64_t p = first_panel; p < last_panel; ++p) {
-      T* panel = panels_ + p * panel_size();
+      T* panel = own_ + p * panel_size();
       if constexpr (kLayout == Layout::gates)
         pack_gates<T, kVectors>(weight_, columns_, K_, p * kColumns, first_gate_, panel);
       else if constexpr (kLayout == Layout::transposed)
@@ -75,14 +85,13 @@ class Weights {
         const int64_t r = row + rows * tile / tiles;
         const int height = static_cast<int>(row + rows * (tile + 1) / tiles - r);
         const Operand<T>* operand = a + r * lda;
-        if (packed_)
+        if (panels_)
           rnn_fused::RNN_FUSED_ISA::multiply<T, kVectors>(
               height, kLayout == Layout::gates ? kPanelWidth : columns_ - p * kPanelWidth,
               {operand, lda, 1, panels_ + p * panel_size(), kPanelWidth, padded_depth<T>(K_),
                from.at(r, p), from.row_stride, to.at(r, p), to.row_stride});
         else
-          for (int i = 0; i < height; ++i)
-            multiply_in_place(operand + i * lda, p * kColumns, from.at(r + i, p), to.at(r + i, p));
+          multiply_in_place(height, operand, lda, r, p, from, to);
         done(r, height, p);
       }
   }
@@ -95,25 +104,31 @@ class Weights {
  private:
   int64_t panel_size() const { return kPanelWidth * padded_depth<T>(K_); }
 
-  void multiply_in_place(const Operand<T>* a, int64_t column, const Acc<T>* init,
-                         Acc<T>* out) const {
+  void multiply_in_place(int height, const Operand<T>* a, int64_t lda, int64_t row, int64_t p,
+                         From from, To to) const {
+    const int64_t column = p * kColumns;
     if constexpr (kLayout == Layout::rows) {
-      multiply_rows<T, kVectors>(a, weight_ + column, columns_, columns_ - column, K_, init, out);
+      for (int i = 0; i < height; ++i)
+        multiply_rows<T, kVectors>(a + i * lda, weight_ + column, columns_, columns_ - column, K_,
+                                   from.at(row + i, p), to.at(row + i, p));
     } else {
       for (int64_t c = 0; c < kPanelWidth; ++c) {
         const int64_t j = column + c % kColumns;
         const int64_t gate = kLayout == Layout::gates ? (c / kColumns + first_gate_) % kVectors : 0;
-        out[c] = init[c];
-        if (j < columns_) out[c] += dot<T>(a, weight_ + (gate * columns_ + j) * K_, K_);
+        Acc<T> sums[kTile];
+        if (j < columns_)
+          dots<T, kTile>(height, a, lda, weight_ + (gate * columns_ + j) * K_, K_, sums);
+        for (int i = 0; i < height; ++i)
+          to.at(row + i, p)[c] = from.at(row + i, p)[c] + (j < columns_ ? sums[i] : Acc<T>{});
       }
     }
   }
 
   const T* weight_ = nullptr;
   int64_t columns_ = 0, K_ = 0;
-  bool packed_ = false;
   int first_gate_ = 0;
-  Buffer<T> panels_;
+  const T* panels_ = nullptr;  // null: multiplied as they lie in memory
+  Buffer<T> own_;
 };
 
 // The product that yields every gate of a hidden unit. An RNN has one a unit, and fills the
@@ -122,6 +137,26 @@ template <class T, Cell kCell>
 using GateWeights =
     Weights<T, kCell == Cell::gru ? 3 : 4,
             kCell == Cell::lstm || kCell == Cell::gru ? Layout::gates : Layout::transposed>;
+
+// The packed weights of one direction, one after the other.
+template <class T, Cell kCell>
+struct PackedWeights {
+  using Gate = GateWeights<T, kCell>;
+  using Projection = Weights<T, 4, Layout::transposed>;
+
+  const T *ih = nullptr, *hh = nullptr, *hr = nullptr;
+  int64_t size = 0;
+
+  PackedWeights(const void* first, int64_t I, int64_t H, int64_t P) {
+    const T* const packed = static_cast<const T*>(first);
+    const int64_t ih_size = Gate::size(H, I), hh_size = Gate::size(H, P);
+    size = ih_size + hh_size + (P != H ? Projection::size(P, H) : 0);
+    if (!packed) return;
+    ih = packed;
+    hh = packed + ih_size;
+    if (P != H) hr = hh + hh_size;
+  }
+};
 
 // A panel's worth of zeros, for sums that start from nothing.
 template <class A>

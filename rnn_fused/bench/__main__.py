@@ -11,7 +11,7 @@ import torch
 
 from .extras import MissingExtraError
 from .problems import GATES, GRIDS, PASSES, load_grids
-from .providers import FAMILIES, PEERS, forced
+from .providers import FAMILIES, FROZEN, PEERS, forced
 from .session import LostDeviceError, Options, Session
 from .workload import WrongResultError
 
@@ -95,6 +95,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         providers=(
             "rnn_fused",
             *(forced(family) for family in chosen.families),
+            *((FROZEN,) if on_cpu else ()),
             *PEERS["cpu" if on_cpu else "cuda"],
             *(() if chosen.no_naive else ("naive",)),
         ),

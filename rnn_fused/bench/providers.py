@@ -16,6 +16,7 @@ from .problems import Problem
 FAMILIES = ("stepwise", "persistent", "cudnn")  # of CUDA kernels, beside what the plan chooses
 PEERS = {"cpu": ("onnxruntime",), "cuda": ("flashrnn", "torchrl")}  # where they are compared
 OTHERS = tuple(name for names in PEERS.values() for name in names)
+FROZEN = "rnn_fused frozen"
 SLOW = ("naive", "torchrl")  # loops in Python
 
 
@@ -105,6 +106,23 @@ def ours() -> Any:
     return rnn_fused
 
 
+class FrozenLayer(nn.Module):
+    """Our layer as `rnn_fused.freeze` makes it, of the parameters at the first call."""
+
+    def __init__(self, problem: Problem) -> None:
+        """Build the layer to be frozen."""
+        super().__init__()
+        self.cell = layer_from(ours(), problem)
+        self.frozen: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        """Run [T, B, I] -> [T, B, H] and the last state."""
+        if self.frozen is None:
+            self.frozen = ours().freeze(self.cell)
+        result: tuple[Tensor, Any] = self.frozen(x)
+        return result
+
+
 def torchrl_layer(problem: Problem) -> nn.Module:
     """TorchRL's LSTM or GRU, written in Python; batch_first unless told otherwise."""
     from torchrl.modules.tensordict_module import rnn
@@ -121,6 +139,7 @@ PROVIDERS: dict[str, Callable[[Problem], nn.Module]] = {
     "torch.nn": lambda problem: layer_from(nn, problem),
     "rnn_fused": lambda problem: layer_from(ours(), problem),
     "rnn_fused recompute": lambda problem: layer_from(ours(), problem, save="recompute"),
+    FROZEN: FrozenLayer,
     **{forced(family): partial(Forced, family=family) for family in FAMILIES},
     "naive": NaiveLoop,
     "onnxruntime": lambda problem: OnnxRuntimeLayer(problem, layer_from(nn, problem)),
@@ -133,6 +152,8 @@ def obstacle(
     provider: str, problem: Problem, dtype: torch.dtype, device: torch.device, pass_: str
 ) -> str:
     """Why a provider cannot run a problem, as far as that can be told before trying; or ""."""
+    if provider == FROZEN and (device.type != "cpu" or pass_ != "inference"):
+        return "compared on the CPU, in inference"
     if provider in OTHERS and find_spec(provider) is None:
         return "not installed"
     if provider == "onnxruntime":

@@ -1,6 +1,8 @@
 // One call of a layer with random tensors: what the kernels read and what they write.
 #pragma once
 
+#include <doctest/doctest.h>
+
 #include <ostream>
 
 #include "csrc/cpu/cpu.h"
@@ -177,6 +179,24 @@ inline Forward run_forward(Isa isa, const Layer& l, const Host& host, bool save,
                            const Array* products = nullptr) {
   return run_forward(l, save, products,
                      [&](const ForwardParams& params) { cpu_forward(isa, params, host); });
+}
+
+// With weights that were packed before, and nothing saved.
+inline Forward run_packed(Isa isa, const Layer& l, const Host& host) {
+  Array packed[2];
+  return run_forward(l, false, nullptr, [&](ForwardParams params) {
+    for (int d = 0; d < l.directions; ++d) {
+      const ForwardDirection& w = params.direction[d];
+      const PackParams weights{l.cell, l.dtype,     l.I,         l.H,
+                               l.P,    w.weight_ih, w.weight_hh, w.weight_hr};
+      packed[d] = Array(l.dtype, cpu_pack_weights(isa, weights, nullptr));
+      CHECK(cpu_pack_weights(isa, weights, packed[d].at(0)) == packed[d].size());
+      params.direction[d].packed = packed[d].at(0);
+      // Nothing else of them is read.
+      params.direction[d].weight_ih = params.direction[d].weight_hh = nullptr;
+    }
+    cpu_forward(isa, params, host);
+  });
 }
 
 // Of an LSTM or GRU: the gates of every row, from its h's.

@@ -38,6 +38,14 @@ void check_layer(const Sizes& sizes, uint64_t seed) {
         CHECK(rebuild_gates(isa, l, kOneThread, result, d) == result.direction[d].gates);
     }
     {
+      INFO("the weights were packed before");
+      const Forward result = run_packed(isa, l, kOneThread);
+      if (repays_packing(l.shape()))
+        CHECK(result == run_forward(isa, l, kOneThread, false));
+      else
+        check_close(l, result, expected, false);
+    }
+    {
       INFO("the caller multiplied the input");
       const Forward result = run_forward(isa, l, kOneThread, true, rounded.direction);
       check_close(l, result, expected_rounded);

@@ -53,6 +53,7 @@ void check_same_bits(Sizes sizes, bool by_units) {
   for (Isa isa : two_isas()) {
     CAPTURE(isa);
     const Forward forward = run_forward(isa, l, kOneThread, true);
+    const Forward packed = run_packed(isa, l, kOneThread);
     const Backward backward = run_backward(isa, l, kOneThread, forward, upstream);
     for (const auto& [name, host] : kHosts) {
       CAPTURE(name);
@@ -61,6 +62,7 @@ void check_same_bits(Sizes sizes, bool by_units) {
       REQUIRE((by_units ? plan.unit_parts : plan.row_parts * l.directions) > 1);
       CHECK(run_forward(isa, l, host, true) == forward);
       CHECK(padded.run_forward(isa, host, true) == forward);
+      CHECK(run_packed(isa, l, host) == packed);
       for (int64_t window : {l.T, (l.T + 2) / 3}) {
         CHECK(run_backward(isa, l, host, forward, upstream, window) == backward);
         CHECK(padded.run_backward(isa, host, forward, upstream, window) == backward);

@@ -1,0 +1,298 @@
+"""Modules for inference, with packed weights."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from helpers import KINDS, each_kind, problem
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import rnn_fused
+from rnn_fused import Frozen, freeze, library, ops
+
+pytestmark = pytest.mark.own_ops
+
+# Name and options of the constructor.
+MODULES: dict[str, tuple[str, dict[str, Any]]] = {
+    "lstm": ("LSTM", {}),
+    "lstm_proj": ("LSTM", {"proj_size": 5}),
+    "gru": ("GRU", {}),
+    "rnn_tanh": ("RNN", {}),
+    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
+}
+each_module = pytest.mark.parametrize("which", MODULES)
+I, H = 7, 19  # noqa: E741
+
+
+def make(which: str, **options: Any) -> Any:
+    name, own = MODULES[which]
+    torch.manual_seed(7)
+    return getattr(rnn_fused, name)(I, H, **{"num_layers": 2, **own, **options})
+
+
+def flat(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [x for part in value for x in flat(part)]
+
+
+@pytest.fixture
+def ops_called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the ops that run."""
+    names: list[str] = []
+    run = library.run
+
+    def spy(op: Any, *args: Any) -> Any:
+        names.append(op._schema.name.removeprefix("rnn_fused::"))
+        return run(op, *args)
+
+    monkeypatch.setattr(library, "run", spy)
+    return names
+
+
+@each_module
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "two ways"])
+def test_the_bits_of_the_module(
+    which: str, dtype: torch.dtype, bidirectional: bool, ops_called: list[str]
+) -> None:
+    module = make(which, bidirectional=bidirectional, dtype=dtype)
+    frozen = freeze(module)
+    x = torch.randn(8, 3, I, dtype=dtype)
+    with torch.no_grad():
+        expected = flat(module(x))
+        ops_called.clear()
+        torch.testing.assert_close(flat(frozen(x)), expected, rtol=0, atol=0)
+    assert ops_called == ["layer_infer"] * 2
+
+
+@each_module
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("B", [1, 4])
+def test_few_rows_agree_up_to_rounding(which: str, dtype: torch.dtype, B: int) -> None:
+    """The module multiplies with weights where they are, in another order."""
+    module = make(which, dtype=dtype)
+    frozen = freeze(module)
+    tolerance = 8 * torch.finfo(dtype).eps
+    with torch.no_grad():
+        state: Any = None
+        for x in torch.randn(3, B, I, dtype=dtype):
+            expected = module.step(x, state)
+            output, state = frozen.step(x, state)
+            torch.testing.assert_close(
+                flat((output, state)), flat(expected), rtol=tolerance, atol=tolerance
+            )
+
+
+@each_module
+def test_single_steps_have_the_bits_of_one_call(which: str) -> None:
+    frozen, x = freeze(make(which)), torch.randn(8, 2, I)
+    with torch.no_grad():
+        whole, final = frozen(x)
+        state, outputs = None, []
+        for x_t in x:
+            output, state = frozen.step(x_t, state)
+            outputs.append(output)
+    assert torch.equal(torch.stack(outputs), whole)
+    torch.testing.assert_close(flat(state), flat(final), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("which", ["lstm_proj", "gru"])
+def test_every_form_of_input_and_option(which: str, ops_called: list[str]) -> None:
+    options = {"gate_slope": 1.5, "learn_initial_state": True, "batch_first_states": True}
+    options |= {"cell_clip": 0.3} if which == "lstm_proj" else {}
+    module = make(which, bidirectional=True, batch_first=True, dtype=torch.float64, **options)
+    nn.init.normal_(module.initial_h)
+    frozen = freeze(module)
+    x, lengths = torch.randn(4, 13, I).double(), torch.tensor([3, 13, 0, 5])
+    packed = pack_padded_sequence(x, torch.tensor([3, 13, 1, 5]), True, enforce_sorted=False)
+    state = module(x)[1]
+    calls = {
+        "lengths": ((x,), {"lengths": lengths}),
+        "packed": ((packed,), {}),
+        "state": ((x, state), {}),
+        "resets": ((x,), {"resets": torch.rand(4, 13) < 0.3, "reset_state": state}),
+        "unbatched": ((x[0],), {}),
+    }
+    for name, (args, kwargs) in calls.items():
+        with torch.no_grad():
+            expected = module(*args, **kwargs)
+            ops_called.clear()
+            ours = frozen(*args, **kwargs)
+        assert ops_called == ["layer_infer"] * 2, name
+        results = [[r[0].data, *flat(r[1])] for r in (ours, expected)]  # data: also of a Tensor
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+    with torch.no_grad():
+        every = {"return_all_states": True}
+        ours, expected = (flat(m(x, **every)) for m in (frozen, module))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+def test_dropout_is_off() -> None:
+    module = make("lstm", dropout=0.5)
+    frozen, x = freeze(module), torch.randn(8, 3, I)
+    with torch.no_grad():
+        expected = module.eval()(x)[0]
+        assert torch.equal(frozen.train()(x)[0], expected)
+
+
+def test_later_weights_do_not_reach_it() -> None:
+    module, x = make("gru"), torch.randn(8, 3, I)
+    frozen = freeze(module)
+    with torch.no_grad():
+        before = module(x)[0]
+        for p in module.parameters():
+            p.data.zero_()
+        assert torch.equal(frozen(x)[0], before)
+    assert all(p.requires_grad for p in module.parameters())
+
+
+class Tagger(nn.Module):
+    """With one layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, I)
+        self.stack = nn.ModuleList([rnn_fused.GRU(I, H, batch_first=True), nn.GRU(H, H)])
+        self.again = self.stack[0]
+        self.cell = rnn_fused.LSTMCell(H, H)
+        self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(H, 3))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        y = self.stack[0](x)[0] + self.again(x)[0]
+        result: Tensor = self.head(self.cell(self.stack[1](y)[0].flatten(0, 1))[0])
+        return result
+
+
+def test_a_whole_model(ops_called: list[str]) -> None:
+    model, tokens = Tagger(), torch.randint(11, (3, 8))
+    frozen = freeze(model)
+    assert model.training
+    assert isinstance(model.stack[0], rnn_fused.GRU)
+    assert isinstance(frozen, Tagger)
+    assert isinstance(frozen.stack[0], Frozen)
+    assert frozen.again is frozen.stack[0]
+    assert isinstance(frozen.stack[1], nn.GRU)
+    model.eval()
+    with torch.no_grad():
+        expected = model(tokens)
+        ops_called.clear()
+        assert torch.equal(frozen(tokens), expected)
+    assert ops_called == ["layer_infer", "layer_infer", "layer_forward"]
+
+
+def test_parametrised_weights() -> None:
+    module = parametrizations.weight_norm(make("gru", num_layers=1), "weight_hh_l0")
+    frozen, x = freeze(module), torch.randn(8, 3, I)
+    with torch.no_grad():
+        assert torch.equal(frozen(x)[0], module(x)[0])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_and_pickles(copied: Any, ops_called: list[str]) -> None:
+    frozen, x = freeze(make("lstm")), torch.randn(8, 3, I)
+    with torch.no_grad():
+        expected = frozen(x)[0]
+        other = copied(frozen)
+        ops_called.clear()
+        assert torch.equal(other(x)[0], expected)
+    assert ops_called == ["layer_infer"] * 2
+
+
+def test_a_pickle_holds_the_weights_once() -> None:
+    module = rnn_fused.LSTM(64, 64)
+    weights = sum(p.nbytes for p in module.parameters())
+    assert len(pickle.dumps(freeze(module))) < 1.2 * weights
+
+
+# Where packed weights cannot be used, the results are the same.
+
+
+def test_gradients_reach_the_input_only() -> None:
+    module = make("lstm", dtype=torch.float64)
+    frozen = freeze(module)
+    x = torch.randn(8, 3, I).double().requires_grad_()
+    (ours,) = torch.autograd.grad(frozen(x)[0].square().sum(), x)
+    (expected,) = torch.autograd.grad(module(x)[0].square().sum(), x)
+    torch.testing.assert_close(ours, expected)
+    assert not frozen(x.detach())[0].requires_grad
+
+
+def test_autocast() -> None:
+    module, x = make("gru"), torch.randn(8, 3, I)
+    frozen = freeze(module)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(frozen(x)[0], module(x)[0])
+
+
+def test_compilers_and_transforms() -> None:
+    torch._dynamo.reset()
+    module, x = make("gru"), torch.randn(8, 3, I)
+    frozen = freeze(module)
+    with torch.no_grad():
+        expected = module(x)[0]
+        fast = torch.compile(frozen, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(fast(x)[0], expected)
+        each = vmap(lambda x: frozen(x)[0], in_dims=1, out_dims=1)(x.unsqueeze(2))
+    torch.testing.assert_close(each.squeeze(2), expected)
+
+
+def test_other_devices() -> None:
+    frozen = freeze(make("lstm", device="meta"))
+    with torch.no_grad():
+        assert frozen(torch.zeros(8, 3, I, device="meta"))[0].shape == (8, 3, H)
+
+
+def test_what_can_be_read() -> None:
+    frozen = freeze(make("lstm", cell_clip=2.0))
+    assert (frozen.hidden_size, frozen.num_layers, frozen.cell_clip) == (H, 2, 2.0)
+    assert repr(frozen) == "Frozen(LSTM(7, 19, num_layers=2, cell_clip=2.0))"
+    assert not [*frozen.parameters()]
+    assert not frozen.state_dict()
+    with pytest.raises(AttributeError, match="no attribute 'weight_ih_l0'"):
+        _ = frozen.weight_ih_l0
+
+
+# Mistakes
+
+
+def test_mistakes() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        freeze("lstm")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"GRU contains no LSTM, GRU or RNN of rnn_fused"):
+        freeze(nn.GRU(2, 3))
+    with pytest.raises(ValueError, match="LSTMCell contains no LSTM, GRU or RNN of rnn_fused"):
+        freeze(rnn_fused.LSTMCell(2, 3))
+
+
+@each_kind
+def test_wrong_weights_for_the_ops(kind: str) -> None:
+    case = problem(**KINDS[kind], requires_grad=False)
+    packed = ops.pack_weights(case.weights, case.cell)
+    assert packed is not None
+
+    def run(packed: Tensor) -> Any:
+        arguments = case.input, case.hx, case.cx, case.weights
+        return ops.layer(*arguments, cell=case.cell, packed=packed)
+
+    run(packed)
+    with pytest.raises(RuntimeError, match=rf"\[{case.cell}\] packed must have shape \[D, packed"):
+        run(packed[:, 1:])
+    with pytest.raises(RuntimeError, match="packed must have the dtype of input, Double"):
+        run(packed.float())
+    with pytest.raises(RuntimeError, match=rf"\[{case.cell}\] weight_hh must"):
+        library.pack_weights(case.weights.weight_ih, [torch.ones(3).double()], [], case.cell)
+    with pytest.raises(
+        RuntimeError, match="cell must be lstm, gru, rnn_tanh or rnn_relu, got 'rnn'"
+    ):
+        library.pack_weights(*map(list, case.weights[:2]), [], "rnn")
+    with pytest.raises(RuntimeError, match="weight_ih must"):
+        library.pack_weights([], case.weights.weight_hh, [], case.cell)
