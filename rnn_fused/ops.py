@@ -66,6 +66,10 @@ def layer(
             f"[{cell}] lengths need a padded batch on the CPU, without batch_sizes, outside "
             "compilers, transforms and forward mode"
         )
+    if batch_sizes is not None and input.dim() != 2:
+        raise RuntimeError(
+            f"[{cell}] packed input must have 2 dimensions [N, I], got {input.dim()}"
+        )
     if resets is None and (reset_hx is not None or reset_cx is not None):
         raise RuntimeError(f"[{cell}] reset_hx and reset_cx need resets, got none")
     wants_reset_cx = reset_hx is not None and cell == "lstm"
@@ -147,10 +151,18 @@ def pack_weights(weights: LayerWeights, cell: str) -> Tensor | None:
 
 
 def takes_lengths(input: Tensor, lengths: Tensor) -> bool:
-    """Whether `layer` takes the lengths of a padded batch. Elsewhere it has to be packed."""
-    # Where large products are torch's own, which need their rows one after the other.
-    by_library = _C.has_amx_bf16 and input.dtype == torch.bfloat16
-    return host_knows(input) and host_knows(lengths) and not forward_mode() and not by_library
+    """Whether `layer` takes the lengths of this input. Elsewhere it has to be packed."""
+    if input.dim() != 3 or not isinstance(lengths, Tensor):
+        return False
+    return host_knows(input) and host_knows(lengths) and not forward_mode()
+
+
+def prefers_packing(input: Tensor) -> bool:
+    """Whether large products are torch's own, which need their rows one after the other."""
+    dtype = input.dtype
+    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cpu")
+    return _C.has_amx_bf16 and dtype == torch.bfloat16
 
 
 def _extras(

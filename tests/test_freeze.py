@@ -11,7 +11,7 @@ import torch
 from helpers import KINDS, each_kind, problem
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnn_fused
@@ -189,11 +189,49 @@ def test_a_whole_model(ops_called: list[str]) -> None:
     assert ops_called == ["layer_infer", "layer_infer", "layer_forward"]
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = rnn_fused.GRU(H, H)
+        self.tied = nn.Linear(H, 3 * H, bias=False)
+        self.tied.weight = self.rnn.weight_hh_l0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rnn.flatten_parameters()
+        output: Tensor = self.rnn(x)[0]
+        return output + self.tied(x)[..., :H]
+
+
+def test_a_block_registered_twice_with_a_tied_weight() -> None:
+    block, x = Block(), torch.randn(8, 3, H)
+    frozen: Any = freeze(nn.Sequential(block, block))
+    assert frozen[0] is frozen[1]
+    assert isinstance(frozen[0].rnn, Frozen)
+    assert frozen[0].tied.weight.requires_grad
+    with torch.no_grad():
+        assert torch.equal(frozen(x), block(block(x)))
+    again = freeze(frozen)
+    assert again is not frozen
+    with torch.no_grad():
+        assert torch.equal(again(x), frozen(x))
+
+
 def test_parametrised_weights() -> None:
     module = parametrizations.weight_norm(make("gru", num_layers=1), "weight_hh_l0")
     frozen, x = freeze(module), torch.randn(8, 3, I)
     with torch.no_grad():
         assert torch.equal(frozen(x)[0], module(x)[0])
+        assert torch.equal(copy.deepcopy(frozen)(x)[0], module(x)[0])
+    assert "weight_hh_l0" in module.parametrizations
+
+
+def test_made_in_inference_mode() -> None:
+    module, x = make("gru"), torch.randn(8, 3, I, requires_grad=True)
+    with torch.inference_mode():
+        frozen = freeze(module)
+    (ours,) = torch.autograd.grad(frozen(x)[0].sum(), x)
+    (expected,) = torch.autograd.grad(module(x)[0].sum(), x)
+    torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -257,8 +295,10 @@ def test_what_can_be_read() -> None:
     assert repr(frozen) == "Frozen(LSTM(7, 19, num_layers=2, cell_clip=2.0))"
     assert not [*frozen.parameters()]
     assert not frozen.state_dict()
-    with pytest.raises(AttributeError, match="no attribute 'weight_ih_l0'"):
+    with pytest.raises(AttributeError, match="a frozen LSTM has no weight_ih_l0: keep the model"):
         _ = frozen.weight_ih_l0
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = frozen.nonsense
 
 
 # Mistakes
@@ -271,6 +311,19 @@ def test_mistakes() -> None:
         freeze(nn.GRU(2, 3))
     with pytest.raises(ValueError, match="LSTMCell contains no LSTM, GRU or RNN of rnn_fused"):
         freeze(rnn_fused.LSTMCell(2, 3))
+    pruned = prune.l1_unstructured(rnn_fused.GRU(2, 3), "weight_hh_l0", 0.5)
+    with pytest.raises(ValueError, match="1 has forward pre-hooks, which may set its weights"):
+        freeze(nn.Sequential(nn.Linear(2, 2), pruned))
+
+
+def test_it_stays_where_it_is() -> None:
+    frozen = freeze(make("gru"))
+    assert frozen.cpu().float() is frozen
+    message = r"a frozen GRU stays in torch\.float32 on cpu, got torch\.float64 on cpu: convert and"
+    with pytest.raises(RuntimeError, match=message):
+        nn.Sequential(frozen).double()
+    with pytest.raises(RuntimeError, match=r"got torch\.float32 on meta"):
+        frozen.to("meta")
 
 
 @each_kind

@@ -183,6 +183,20 @@ def test_mistakes_in_the_lengths_of_the_op(mistake: str) -> None:
 
 
 @pytest.mark.own_ops
+@pytest.mark.parametrize("autocast", [False, True])
+def test_where_large_products_are_torchs(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make("lstm", dtype=torch.float32 if autocast else torch.bfloat16)
+    x, lengths = random_batch(module, 6, 3), torch.tensor([2, 6, 0])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = module(x, lengths=lengths)
+        monkeypatch.setattr(ops._C, "has_amx_bf16", True)
+        monkeypatch.setattr(ops, "ragged", None)  # nothing else packs
+        ours = module(x, lengths=lengths)
+    torch.testing.assert_close(flat(ours), flat(expected), rtol=0.02, atol=0.02)
+    assert ops.prefers_packing(x) is not autocast
+
+
+@pytest.mark.own_ops
 def test_where_the_op_takes_no_lengths() -> None:
     case = problem("gru", T=4, B=3, requires_grad=False)
     lengths = torch.tensor([2, 4, 0])
@@ -194,6 +208,12 @@ def test_where_the_op_takes_no_lengths() -> None:
     message = r"\[gru\] lengths need a padded batch on the CPU, without batch_sizes"
     with pytest.raises(RuntimeError, match=message):
         run(case.input, batch_sizes=torch.tensor([3, 3, 3, 3]))
+    with pytest.raises(RuntimeError, match=message):
+        run(case.input.flatten(0, 1))
+    with pytest.raises(RuntimeError, match=r"packed input must have 2 dimensions \[N, I\], got 3"):
+        ops.layer(
+            *(case.input, case.hx, None, case.weights), cell="gru", batch_sizes=torch.tensor([3])
+        )
     with pytest.raises(RuntimeError, match=message):
         run(case.input.to("meta"))
     with pytest.raises(RuntimeError, match=message):

@@ -276,7 +276,8 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
   for (int64_t k = 0; k < pass.windows(); ++k) {
     const Window window = pass.window(k);
     std::vector<Operands> operands;
-    for (int d = 0; d < window.directions; ++d) {
+    const bool needed = pass.rebuild_gates || need_input || need_weights;
+    for (int d = 0; needed && d < window.directions; ++d) {
       operands.emplace_back(layer, window, d);
       if (pass.rebuild_gates && window.count(d) > 0) rebuild_gates(layer, window, d, operands[d]);
     }
@@ -284,7 +285,7 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
     // Directions that come to the same rows in the same window are one product.
     const int together = pass.adds_to_input() ? 1 : window.directions;
     for (int d = 0; d < window.directions; ++d) {
-      if (window.count(d) == 0) continue;
+      if (!needed || window.count(d) == 0) continue;
       if (need_input && d % together == 0)
         input_gradient(layer, pass, window, d, together, operands[d], grads.input);
       if (need_weights) weight_gradients(layer, pass, window, d, operands[d], grads);

@@ -40,8 +40,8 @@ def grid_table(rows: Iterable[Row]) -> Any:
         cases.setdefault((row.dtype, row.pass_, row.problem), {})[row.provider] = row
     others = [p for p in dict.fromkeys(r.provider for r in rows) if p not in KNOWN]
     columns = ["problem", "torch.nn ms", "rnn_fused ms", "us a step", "GFLOP/s", "ratio"]
-    columns += [f"ratio of {name.removeprefix('rnn_fused ')}" for name in others] + ["to naive"]
-    table = _table("rnn_fused against torch.nn", columns)
+    columns += [name.removeprefix("rnn_fused ") for name in others] + ["to naive"]
+    table = _table("How many times as fast as torch.nn: ratio, and the others' columns", columns)
     last = ""
     for (dtype, pass_, problem), by in cases.items():
         if last != f"{dtype} {pass_}":
