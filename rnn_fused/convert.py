@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from . import cells, modules
 from .base import OWN_OPTIONS
+from .freeze import Frozen
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTM: modules.LSTM,
@@ -128,6 +129,8 @@ def _obstacle(module: nn.Module, table: Mapping[type[nn.Module], type[nn.Module]
     if isinstance(module, torch.jit.ScriptModule):
         names = {cls.__name__ for cls in table}
         return "is a TorchScript module" if module.original_name in names else None
+    if isinstance(module, Frozen):
+        return "is frozen"
     if not isinstance(module, tuple(table)):
         return None
     cls = parametrize.type_before_parametrizations(module)

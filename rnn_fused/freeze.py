@@ -61,7 +61,7 @@ def freeze(model: nn.Module) -> nn.Module:
             return Frozen(model)
         frozen: dict[nn.Module, Frozen] = {}  # a module may be registered more than once
         for parent in [m for m in model.modules() if not isinstance(m, FusedRNNBase)]:
-            for name, child in parent.named_children():
+            for name, child in parent._modules.items():  # also the second name of one
                 if isinstance(child, FusedRNNBase):
                     # A copy of its own, whose parameters nobody shares.
                     module = frozen.get(child) or Frozen(copy.deepcopy(child))

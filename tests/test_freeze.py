@@ -216,6 +216,19 @@ def test_a_block_registered_twice_with_a_tied_weight() -> None:
         assert torch.equal(again(x), frozen(x))
 
 
+def test_one_layer_under_two_names_of_a_parent() -> None:
+    rnn = rnn_fused.GRU(H, H)
+    frozen: Any = freeze(nn.ModuleList([rnn, rnn]))
+    assert isinstance(frozen[0], Frozen)
+    assert frozen[0] is frozen[1]
+
+
+@pytest.mark.parametrize("swap", [rnn_fused.convert, rnn_fused.revert])
+def test_converting_passes_it_over(swap: Any) -> None:
+    report = swap(freeze(nn.Sequential(make("gru"))))
+    assert report.skipped == {"0": "is frozen"}
+
+
 def test_parametrised_weights() -> None:
     module = parametrizations.weight_norm(make("gru", num_layers=1), "weight_hh_l0")
     frozen, x = freeze(module), torch.randn(8, 3, I)
