@@ -82,8 +82,10 @@ struct LayerShape {
   RNN_FUSED_HD bool projected() const { return P != H; }
 
   // Sequence b, and its row at timestep t, in the caller's tensors.
-  int64_t sequence(int64_t b) const { return order ? order[b] : b; }
-  int64_t place(int64_t t, int64_t b) const { return order ? t * B + order[b] : row(t) + b; }
+  RNN_FUSED_HD int64_t sequence(int64_t b) const { return order ? order[b] : b; }
+  RNN_FUSED_HD int64_t place(int64_t t, int64_t b) const {
+    return order ? t * B + order[b] : row(t) + b;
+  }
 
   // Whether sequence b has a reset between timesteps t - 1 and t.
   RNN_FUSED_HD bool resets_at(int64_t t, int64_t b) const {
