@@ -308,8 +308,8 @@ class FusedRNNBase(RNNBase):
             self._check_states(states, sizes)
         if reset_states is not None:
             self._check_states(reset_states, sizes, "reset_state")
-        known = check_lengths(lengths, sequence.size(0), batch, type(self).__name__)
-        if known and ops.takes_lengths(input, lengths) and not ops.prefers_packing(input):
+        check_lengths(lengths, sequence.size(0), batch, type(self).__name__)
+        if ops.takes_lengths(input, lengths) and not ops.prefers_packing(input):
             lengths = lengths.to(torch.int64, copy=True)  # the caller's may change before backward
             return self._run(
                 sequence, states, batch, None, resets, reset_states, all_states, lengths

@@ -67,9 +67,9 @@ def ragged(lengths: Tensor, batch: Tensor, batch_first: bool = False) -> Ragged:
     return Ragged(shape, exists.sum(1), order, order.argsort(), rows, places, over.reshape(-1, 1))
 
 
-def check_lengths(lengths: Tensor, T: int, B: int, module: str) -> bool:
-    """Checks lengths, their values at once where the host may ask for them, and on the device
-    elsewhere; returns which. module: its name, for messages."""
+def check_lengths(lengths: Tensor, T: int, B: int, module: str) -> None:
+    """Checks lengths: their values at once where the host may ask for them, and on the device
+    elsewhere. module: its name, for messages."""
     if not isinstance(lengths, Tensor):
         raise TypeError(f"{module}: lengths must be a Tensor, got {type(lengths).__name__}")
     dtype = lengths.dtype
@@ -84,14 +84,13 @@ def check_lengths(lengths: Tensor, T: int, B: int, module: str) -> bool:
             wide = lengths.to(torch.int64)
             inside = ((wide >= 0) & (wide <= T)).all()
             torch._assert_async(inside, f"{module}: lengths must be between 0 and T")
-        return False
+        return
     values: list[int] = lengths.tolist()
     for index, length in enumerate(values):
         if not 0 <= length <= T:
             raise RuntimeError(
                 f"{module}: lengths must be between 0 and T = {T}, got {length} at index {index}"
             )
-    return True
 
 
 def host_knows(values: Tensor) -> bool:

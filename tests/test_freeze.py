@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import KINDS, each_kind, problem
+from pairs import LAYERS, tensors
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.utils import parametrizations, prune
@@ -19,28 +20,14 @@ from rnn_fused import Frozen, freeze, library, ops
 
 pytestmark = pytest.mark.own_ops
 
-# Name and options of the constructor.
-MODULES: dict[str, tuple[str, dict[str, Any]]] = {
-    "lstm": ("LSTM", {}),
-    "lstm_proj": ("LSTM", {"proj_size": 5}),
-    "gru": ("GRU", {}),
-    "rnn_tanh": ("RNN", {}),
-    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
-}
-each_module = pytest.mark.parametrize("which", MODULES)
+each_module = pytest.mark.parametrize("which", LAYERS)
 I, H = 7, 19  # noqa: E741
 
 
 def make(which: str, **options: Any) -> Any:
-    name, own = MODULES[which]
+    name, own = LAYERS[which]
     torch.manual_seed(7)
     return getattr(rnn_fused, name)(I, H, **{"num_layers": 2, **own, **options})
-
-
-def flat(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [x for part in value for x in flat(part)]
 
 
 @pytest.fixture
@@ -67,9 +54,9 @@ def test_the_bits_of_the_module(
     frozen = freeze(module)
     x = torch.randn(8, 3, I, dtype=dtype)
     with torch.no_grad():
-        expected = flat(module(x))
+        expected = tensors(module(x))
         ops_called.clear()
-        torch.testing.assert_close(flat(frozen(x)), expected, rtol=0, atol=0)
+        torch.testing.assert_close(tensors(frozen(x)), expected, rtol=0, atol=0)
     assert ops_called == ["layer_infer"] * 2
 
 
@@ -87,7 +74,7 @@ def test_few_rows_agree_up_to_rounding(which: str, dtype: torch.dtype, B: int) -
             expected = module.step(x, state)
             output, state = frozen.step(x, state)
             torch.testing.assert_close(
-                flat((output, state)), flat(expected), rtol=tolerance, atol=tolerance
+                tensors((output, state)), tensors(expected), rtol=tolerance, atol=tolerance
             )
 
 
@@ -101,7 +88,7 @@ def test_single_steps_have_the_bits_of_one_call(which: str) -> None:
             output, state = frozen.step(x_t, state)
             outputs.append(output)
     assert torch.equal(torch.stack(outputs), whole)
-    torch.testing.assert_close(flat(state), flat(final), rtol=0, atol=0)
+    torch.testing.assert_close(tensors(state), tensors(final), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("which", ["lstm_proj", "gru"])
@@ -127,11 +114,10 @@ def test_every_form_of_input_and_option(which: str, ops_called: list[str]) -> No
             ops_called.clear()
             ours = frozen(*args, **kwargs)
         assert ops_called == ["layer_infer"] * 2, name
-        results = [[r[0].data, *flat(r[1])] for r in (ours, expected)]  # data: also of a Tensor
-        torch.testing.assert_close(*results, rtol=0, atol=0)
+        torch.testing.assert_close(tensors(ours), tensors(expected), rtol=0, atol=0)
     with torch.no_grad():
         every = {"return_all_states": True}
-        ours, expected = (flat(m(x, **every)) for m in (frozen, module))
+        ours, expected = (tensors(m(x, **every)) for m in (frozen, module))
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 

@@ -20,6 +20,7 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import LAYERS, tensors
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -192,7 +193,7 @@ def test_where_large_products_are_torchs(autocast: bool, monkeypatch: pytest.Mon
         monkeypatch.setattr(ops._C, "has_amx_bf16", True)
         monkeypatch.setattr(ops, "ragged", None)  # nothing else packs
         ours = module(x, lengths=lengths)
-    torch.testing.assert_close(flat(ours), flat(expected), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(tensors(ours), tensors(expected), rtol=0.02, atol=0.02)
     assert ops.prefers_packing(x) is not autocast
 
 
@@ -227,20 +228,12 @@ def test_where_the_op_takes_no_lengths() -> None:
 
 # Modules ------------------------------------------------------------------------------------------
 
-# Name and options of the constructor.
-MODULES: dict[str, tuple[str, dict[str, Any]]] = {
-    "lstm": ("LSTM", {}),
-    "lstm_proj": ("LSTM", {"proj_size": 3}),
-    "gru": ("GRU", {}),
-    "rnn_tanh": ("RNN", {}),
-    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
-}
-each_module = pytest.mark.parametrize("which", MODULES)
+each_module = pytest.mark.parametrize("which", LAYERS)
 I, H = 4, 6  # noqa: E741
 
 
 def make(which: str, device: str = "cpu", package: Any = rnn_fused, **options: Any) -> Any:
-    name, own = MODULES[which]
+    name, own = LAYERS[which]
     torch.manual_seed(7)
     options = {"num_layers": 2, "dtype": torch.float64, "device": device, **own, **options}
     return getattr(package, name)(I, H, **options)
@@ -258,12 +251,6 @@ def random_state(module: Any, B: int) -> Any:
 def random_batch(module: Any, T: int, B: int) -> Tensor:
     shape = (B, T, I) if module.batch_first else (T, B, I)
     return torch.randn(*shape).to(module.weight_hh_l0).requires_grad_()
-
-
-def flat(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [x for part in value for x in flat(part)]
 
 
 def of(state: Any, b: int) -> Any:
@@ -299,13 +286,15 @@ def assert_same(actual: Any, expected: Any, leaves: list[Tensor]) -> None:
     gradients = []
     for result in (actual, expected):
         # Zeros of the expected result may depend on nothing.
-        outputs = [o for o, e in zip(flat(result), flat(expected), strict=True) if e.requires_grad]
+        outputs = [
+            o for o, e in zip(tensors(result), tensors(expected), strict=True) if e.requires_grad
+        ]
         grads = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
         generator.manual_seed(1)
         gradients.append(
             torch.autograd.grad(outputs, leaves, grads, allow_unused=True, materialize_grads=True)
         )
-    torch.testing.assert_close(flat(actual), flat(expected), **ROUNDING)
+    torch.testing.assert_close(tensors(actual), tensors(expected), **ROUNDING)
     torch.testing.assert_close(*gradients, **ROUNDING)
 
 
@@ -328,7 +317,7 @@ def test_splitting_by_hand(
     module = make(which, device, bidirectional=bidirectional, batch_first=batch_first)
     values = LENGTHS[lengths]
     x, hx = random_batch(module, 7, len(values)), random_state(module, len(values))
-    leaves = [x, *flat(hx), *module.parameters()]
+    leaves = [x, *tensors(hx), *module.parameters()]
     ours = module(x, hx, lengths=torch.tensor(values, device=device))
     assert_same(ours, split_by_hand(module, x, values, hx), leaves)
 
@@ -347,13 +336,13 @@ def test_torch_on_packed_sequences(which: str, batch_first: bool, device: str) -
     result = ours(x, lengths=lengths.to(device))
     expected = torch.autograd.grad(padded.square().sum(), [x, *stock.parameters()])
     gradients = torch.autograd.grad(result[0].square().sum(), [x, *ours.parameters()])
-    torch.testing.assert_close(flat(result), flat((padded, state)), **ROUNDING)
+    torch.testing.assert_close(tensors(result), tensors((padded, state)), **ROUNDING)
     torch.testing.assert_close(gradients, expected, **ROUNDING)
 
 
 @settings(deadline=None, max_examples=40)
 @given(
-    which=st.sampled_from([*MODULES]),
+    which=st.sampled_from([*LAYERS]),
     lengths=st.lists(st.integers(0, 8), min_size=1, max_size=6),
     longer=st.integers(0, 3),
     bidirectional=st.booleans(),
@@ -380,7 +369,7 @@ def test_any_lengths(
             patch.setattr(ops, "takes_lengths", lambda *_: False)
         ours = module(x, hx, lengths=values, **options)
     expected = split_by_hand(module, x, lengths, hx, **options)
-    assert_same(ours, expected, [x, *flat(hx), *module.parameters()])
+    assert_same(ours, expected, [x, *tensors(hx), *module.parameters()])
 
 
 @pytest.mark.parametrize("which", ["lstm", "gru"])
@@ -398,7 +387,7 @@ def test_padding_never_matters(
     dirty = clean.detach().masked_fill(padding.unsqueeze(-1), garbage).requires_grad_()
     results = []
     for x in (clean, dirty):
-        outputs = flat(module(x, lengths=lengths))
+        outputs = tensors(module(x, lengths=lengths))
         # What comes back at the padding does not matter either.
         grads = [torch.ones_like(outputs[0]).masked_fill(padding.unsqueeze(-1), garbage)]
         grads += [torch.ones_like(o) for o in outputs[1:]]
@@ -420,7 +409,7 @@ def test_the_learned_state(which: str, device: str) -> None:
     lengths = [4, 0, 2]
     ours = module(x, lengths=torch.tensor(lengths, device=device))
     assert_same(ours, split_by_hand(module, x, lengths, hx), [x, *module.parameters()])
-    for p, final in zip(learned, flat(ours[1]), strict=True):
+    for p, final in zip(learned, tensors(ours[1]), strict=True):
         assert torch.equal(final[:, 1], p)
 
 
@@ -471,7 +460,7 @@ def test_reset_state(which: str, device: str) -> None:
     lengths = torch.tensor([3, 6, 0], device=device)
     resets = torch.rand(6, 3, device=device) < 0.4
     outside = torch.arange(6, device=device).unsqueeze(1) >= lengths
-    leaves = [x, *flat(hx), *flat(other), *module.parameters()]
+    leaves = [x, *tensors(hx), *tensors(other), *module.parameters()]
     results = [
         module(x, hx, lengths=lengths, resets=flags, reset_state=other)
         for flags in (resets | outside, resets & ~outside)
@@ -534,9 +523,9 @@ def test_gradcheck(which: str, batch_first: bool) -> None:
 
     def run(x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         state = states if len(states) == 2 else states[0]
-        return tuple(flat(module(x, state, lengths=lengths)))
+        return tuple(tensors(module(x, state, lengths=lengths)))
 
-    inputs = x, *flat(hx)
+    inputs = x, *tensors(hx)
     assert gradcheck(run, inputs, check_forward_ad=True, fast_mode=True)
     assert gradgradcheck(run, inputs, fast_mode=True)
 
@@ -613,7 +602,7 @@ def test_compiled_code(device: str) -> None:
     fast = torch.compile(module, fullgraph=True)
     x, lengths = random_batch(module, 5, 3), torch.tensor([5, 0, 2], device=device)
     ours, expected = fast(x, lengths=lengths), module(x, lengths=lengths)
-    torch.testing.assert_close(flat(ours), flat(expected))
+    torch.testing.assert_close(tensors(ours), tensors(expected))
     gradients = [
         torch.autograd.grad(r[0].sum(), [x, *module.parameters()]) for r in (ours, expected)
     ]

@@ -18,6 +18,7 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import tensors
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -223,14 +224,8 @@ def random_state(module: Any, *batch: int) -> Any:
     return (h, torch.randn_like(h)) if module.mode == "LSTM" else h
 
 
-def flat(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    return [x for part in output for x in flat(part)]
-
-
 def assert_equal(actual: Any, expected: Any) -> None:
-    for a, e in zip(flat(actual), flat(expected), strict=True):
+    for a, e in zip(tensors(actual), tensors(expected), strict=True):
         torch.testing.assert_close(a, e, **ROUNDING)
 
 
@@ -249,7 +244,7 @@ def test_stacked_layers_equal_splitting_by_hand(name: str, bidirectional: bool) 
         """Of the state's rows, those of the forward direction, and those of the reverse."""
         if not bidirectional:
             return begin
-        pairs = zip(flat(begin), flat(end), strict=True)
+        pairs = zip(tensors(begin), tensors(end), strict=True)
         mixed = [torch.stack([a[0], b[1], a[2], b[3]]) for a, b in pairs]
         return tuple(mixed) if len(mixed) > 1 else mixed[0]
 
