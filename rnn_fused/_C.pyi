@@ -5,7 +5,6 @@ torch_target: str
 cuda_version: str
 cuda_archs: list[str]
 compiled_isas: list[str]
-has_amx_bf16: bool
 
 def supported_isas() -> list[str]: ...
 def selected_isa() -> str: ...

@@ -309,7 +309,7 @@ class FusedRNNBase(RNNBase):
         if reset_states is not None:
             self._check_states(reset_states, sizes, "reset_state")
         check_lengths(lengths, sequence.size(0), batch, type(self).__name__)
-        if ops.takes_lengths(input, lengths) and not ops.prefers_packing(input):
+        if ops.takes_lengths(input, lengths):
             lengths = lengths.to(torch.int64, copy=True)  # the caller's may change before backward
             return self._run(
                 sequence, states, batch, None, resets, reset_states, all_states, lengths

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _C, families, library, reference
+from . import families, library, reference
 from .autograd import LayerForward, apply, flatten, forward_mode, join_directions
 from .ragged import host_knows, ragged
 from .reference import PLAIN, CellOptions, LayerOutputs, LayerWeights
@@ -155,14 +155,6 @@ def takes_lengths(input: Tensor, lengths: Tensor) -> bool:
     if input.dim() != 3 or not isinstance(lengths, Tensor):
         return False
     return host_knows(input) and host_knows(lengths) and not forward_mode()
-
-
-def prefers_packing(input: Tensor) -> bool:
-    """Whether large products are torch's own, which need their rows one after the other."""
-    dtype = input.dtype
-    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype("cpu")
-    return _C.has_amx_bf16 and dtype == torch.bfloat16
 
 
 def _extras(

@@ -184,20 +184,6 @@ def test_mistakes_in_the_lengths_of_the_op(mistake: str) -> None:
 
 
 @pytest.mark.own_ops
-@pytest.mark.parametrize("autocast", [False, True])
-def test_where_large_products_are_torchs(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = make("lstm", dtype=torch.float32 if autocast else torch.bfloat16)
-    x, lengths = random_batch(module, 6, 3), torch.tensor([2, 6, 0])
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        expected = module(x, lengths=lengths)
-        monkeypatch.setattr(ops._C, "has_amx_bf16", True)
-        monkeypatch.setattr(ops, "ragged", None)  # nothing else packs
-        ours = module(x, lengths=lengths)
-    torch.testing.assert_close(tensors(ours), tensors(expected), rtol=0.02, atol=0.02)
-    assert ops.prefers_packing(x) is not autocast
-
-
-@pytest.mark.own_ops
 def test_where_the_op_takes_no_lengths() -> None:
     case = problem("gru", T=4, B=3, requires_grad=False)
     lengths = torch.tensor([2, 4, 0])

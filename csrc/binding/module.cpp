@@ -106,7 +106,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_version") = RNN_FUSED_CUDA_VERSION;
   m.attr("cuda_archs") = rnn_fused::split(RNN_FUSED_CUDA_ARCHS);
   m.attr("compiled_isas") = rnn_fused::split(RNN_FUSED_ISAS);
-  m.attr("has_amx_bf16") = rnn_fused::has_amx_bf16();
   m.def("supported_isas", &rnn_fused::supported_isas);
   // ValueError where RNN_FUSED_CPU_ISA names no instruction set that this machine can run.
   m.def("selected_isa", [] { return std::string(rnn_fused::isa_name(rnn_fused::selected_isa())); });

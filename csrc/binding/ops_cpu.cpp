@@ -18,15 +18,6 @@ Host torch_threads() {
           static_cast<int>(std::min(torch::stable::get_num_threads(), cores))};
 }
 
-// The large products around the loop are our own: they keep the pre-activations in the cache and in
-// float, and give the same bits for any number of threads. But only torch's library uses AMX, by
-// far the fastest for bfloat16.
-bool by_library(DType dtype, int64_t N, int64_t rows, int64_t columns) {
-  constexpr double kLargeProduct = 4e6;  // multiply-adds
-  return dtype == DType::bf16 && static_cast<double>(N) * rows * columns >= kLargeProduct &&
-         has_amx_bf16();
-}
-
 // Of a padded batch, what no loop writes.
 void zero_padding(const Layer& layer, const Tensor& t, int64_t columns) {
   const int64_t bytes = columns * t.element_size(), B = layer.shape.B;
@@ -38,15 +29,10 @@ void zero_padding(const Layer& layer, const Tensor& t, int64_t columns) {
 // packed: the weights as pack_weights leaves them, or none.
 ForwardTensors forward(const Layer& layer, const OptionalTensor& packed, bool save_gates,
                        bool save_cells) {
-  const bool input_by_library = !layer.padded && by_library(layer.shape.dtype, layer.rows,
-                                                            layer.G() * layer.shape.H, layer.I);
-  ForwardPass pass(layer, save_gates, save_cells, input_by_library);
+  ForwardPass pass(layer, save_gates, save_cells, false);
   for (int d = 0; packed && d < layer.shape.directions; ++d)
     pass.params.direction[d].packed = at(packed, d * packed->size(1));
-  if (layer.shape.B > 0) {
-    if (input_by_library) pass.multiply_input();
-    cpu_forward(selected_isa(), pass.params, torch_threads());
-  }
+  if (layer.shape.B > 0) cpu_forward(selected_isa(), pass.params, torch_threads());
   pass.zero_tails([&](const Tensor& t, int64_t matrices, int64_t columns) {
     zero_known_tail(layer, t, matrices, columns);
   });
@@ -156,35 +142,6 @@ void rebuild_gates(const Layer& layer, const Window& window, int d, const Operan
             torch_threads());
 }
 
-// The library sums in the type of the layer, so that it makes no sums of windows.
-bool by_library(const OuterProductParams& p) {
-  return !p.accumulate && by_library(p.dtype, p.N, p.rows, p.right[0].columns + p.right[1].columns);
-}
-
-// cpu_outer_product; left stands in `grads`, at element `offset`.
-void outer_product(const Layer& layer, OuterProductParams p, const Tensor& grads, int64_t offset) {
-  p.left = at(grads, offset);
-  if (!by_library(p)) {
-    cpu_outer_product(selected_isa(), p, torch_threads());
-    return;
-  }
-  for (const auto& [row, columns, out] : p.right) {
-    if (columns == 0) continue;
-    const int64_t bytes = columns * grads.element_size();
-    Tensor gathered = allocate(layer.input, {p.N, columns});
-    for (int64_t n = 0; n < p.N; ++n) std::memcpy(at(gathered, n * columns), row[n], bytes);
-    Tensor result = allocate(layer.input, {p.rows, columns});
-    matmul(matrix(grads, p.rows, p.N, 1, p.left_stride, offset), gathered, result);
-    std::memcpy(out, at(result, 0), p.rows * bytes);
-  }
-  if (!p.sums[0]) return;
-  Tensor total = allocate(layer.input, {p.rows});
-  const int64_t dim = 0;
-  torch::stable::sum_out(total, matrix(grads, p.N, p.rows, p.left_stride, 1, offset), {{&dim, 1}});
-  for (void* out : p.sums)
-    if (out) std::memcpy(out, at(total, 0), p.rows * grads.element_size());
-}
-
 // Those of direction d and a window: the results, or, of several windows, added to them.
 void weight_gradients(const Layer& layer, const BackwardPass& pass, const Window& window, int d,
                       const Operands& operands, const Gradients& grads) {
@@ -204,16 +161,16 @@ void weight_gradients(const Layer& layer, const BackwardPass& pass, const Window
   const auto product = [&](const Tensor& matrix, int64_t stride, int64_t column, int64_t columns,
                            std::array<OuterProductParams::Right, 2> right,
                            std::array<void*, 2> sums) {
-    outer_product(layer,
-                  {window.dtype,
-                   N,
-                   columns,
-                   nullptr,
-                   stride,
-                   {right[0], right[1]},
-                   {sums[0], sums[1]},
-                   pass.several()},
-                  matrix, pass.origin(d, stride) + column);
+    cpu_outer_product(selected_isa(),
+                      {window.dtype,
+                       N,
+                       columns,
+                       at(matrix, pass.origin(d, stride) + column),
+                       stride,
+                       {right[0], right[1]},
+                       {sums[0], sums[1]},
+                       pass.several()},
+                      torch_threads());
   };
   // n and hn of the GRU: one belongs to W_ih, the other to W_hh.
   const int64_t joint = window.cell == Cell::gru ? 2 * H : GH;
@@ -237,13 +194,6 @@ void input_gradient(const Layer& layer, const BackwardPass& pass, const Window& 
                     int together, const Operands& operands, const Tensor& grad_input) {
   const int64_t N = window.count(d), I = layer.I;
   const int64_t GH = layer.G() * window.H, SH = layer.S() * window.H;
-  if (!layer.padded && by_library(window.dtype, N, GH, I)) {
-    for (int i = d; i < d + together; ++i)
-      matmul(matrix(pass.grad_gates, N, GH, SH, 1, pass.origin(i, SH)), layer.weight_ih[i],
-             matrix(grad_input, N, I, I, 1, window.rows[d].begin * I),
-             pass.adds_to_input() || i > 0);
-    return;
-  }
   InputGradientParams params{
       window.dtype,        together, N, GH, I, SH, {}, {}, at(grad_input, 0), operands.place.data(),
       pass.adds_to_input()};
@@ -268,10 +218,8 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
                                bool need_weights) {
   const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
                     weight_hr, sizes, resets, cell, gate_slope, cell_clip, grad_clip);
-  // Of one window the library makes the gradients of weights, of several not.
-  const bool windowed = layer.shape.dtype != DType::bf16 || !has_amx_bf16();
   const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, grad_cells, output, gates, cells,
-                          kOverwriteGates, windowed);
+                          kOverwriteGates, true);
   const Gradients grads(layer, pass, need_input, need_weights);
   for (int64_t k = 0; k < pass.windows(); ++k) {
     const Window window = pass.window(k);

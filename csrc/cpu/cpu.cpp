@@ -28,11 +28,12 @@ void run(Kernel<Params> kernel, const Params& params, const Host& host) {
 }  // namespace
 
 #if defined(__x86_64__)
-#define RNN_FUSED_KERNEL(pass)                 \
-  (isa == Isa::avx512_bf16 ? avx512_bf16::pass \
-   : isa == Isa::avx512    ? avx512::pass      \
-   : isa == Isa::avx2      ? avx2::pass        \
-                           : portable::pass)
+#define RNN_FUSED_KERNEL(pass)                   \
+  (isa == Isa::amx_bf16      ? amx_bf16::pass    \
+   : isa == Isa::avx512_bf16 ? avx512_bf16::pass \
+   : isa == Isa::avx512      ? avx512::pass      \
+   : isa == Isa::avx2        ? avx2::pass        \
+                             : portable::pass)
 #else
 #define RNN_FUSED_KERNEL(pass) (static_cast<void>(isa), portable::pass)
 #endif

@@ -19,7 +19,8 @@ class Gates {
   static constexpr bool kGru = kCell == Cell::gru;
   static constexpr int kWidth = kLanes<A>;
   static constexpr int64_t kSlot = InputProduct<T, kCell>::kSlot;
-  static constexpr int64_t kBlock = 48;  // rows that stay in the cache for every panel
+  // Rows that stay in the cache for every panel.
+  static constexpr int64_t kBlock = round_up(48, Gate::kTile);
 
  public:
   Gates(const GatesParams& params, const Host& host)

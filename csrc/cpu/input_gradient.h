@@ -10,7 +10,8 @@ template <class T>
 void multiply_by_weights(const InputGradientParams& p, const Host& host) {
   using A = Acc<T>;
   using Matrix = Weights<T, 4, Layout::rows>;
-  constexpr int64_t kBlock = 48;  // rows whose gate gradients stay in the cache for every panel
+  constexpr int64_t kBlock =
+      round_up(48, Matrix::kTile);  // rows whose gate gradients stay in the cache for every panel
   constexpr bool kDirect = std::is_same_v<Operand<T>, T> && Product<T>::kDepth == 1;
 
   const int64_t ldk = padded_depth<T>(p.K);

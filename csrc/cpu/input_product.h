@@ -74,8 +74,7 @@ class InputProduct {
         source_(static_cast<const T*>(dir.gates)),
         panels_(Gate::panel_count(params.H)),
         parts_(schedule.unit_parts),
-        direct_(std::is_same_v<Operand<T>, T> && params.I % Product<T>::kDepth == 0 &&
-                !params.order),
+        direct_(std::is_same_v<Operand<T>, T> && params.I % Product<T>::kRun == 0 && !params.order),
         ldx_(padded_depth<T>(params.I)),
         bias_(params.H, dir.bias_ih, dir.bias_hh) {
     const int64_t rows = std::max<int64_t>(params.B / schedule.row_parts, 1);

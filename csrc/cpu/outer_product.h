@@ -17,11 +17,11 @@ class OuterPart {
   using V = Vec<A>;
   using E = Operand<T>;  // of both sides: T itself, or widened where no instruction multiplies T
   using Right = OuterProductParams::Right;
-  static constexpr int kDepth = Product<E>::kDepth;
+  static constexpr int kDepth = Product<E>::kDepth, kRun = Product<E>::kRun;
   static constexpr int kWidth = kLanes<A>;
   static constexpr int kVectors = 4;
   static constexpr int64_t kPanel = kVectors * kWidth;
-  static constexpr int64_t kTile = kTileRows<kVectors>;
+  static constexpr int64_t kTile = kTileRows<E, kVectors>;
   static constexpr int64_t kChain = 256;   // a panel so deep leaves room in the second-level cache
   static constexpr int64_t kBlock = 1024;  // of N: repays reading and writing the totals
 
@@ -37,13 +37,13 @@ class OuterPart {
     if (p.N <= kFew) return;
     ld_ = round_up(registers_, kVectors) * kWidth;
     several_ = p.N > kBlock;
-    const int64_t depth = round_up(std::min(p.N, kBlock), kDepth);
+    const int64_t depth = round_up(std::min(p.N, kBlock), kRun);
     // Tiles a power of two apart would evict each other from the cache: one line more.
     tile_size_ = depth * kTile + static_cast<int64_t>(64 / sizeof(E));
     if (several_) totals_ = Buffer<double>::zeros(count_ * ld_);
     chain_sums_ = Buffer<A>(round_up(count_, kWidth));
     left_ = Buffer<E>((count_ + kTile - 1) / kTile * tile_size_);
-    left_row_ = Buffer<E>(round_up(count_, kWidth) * kDepth);
+    left_rows_ = Buffer<E>(round_up(count_, kWidth) * kRun);
     right_ = Buffer<E>(depth * kPanel);
   }
 
@@ -144,8 +144,8 @@ class OuterPart {
     for (int64_t k = 0; k < depth; k += kChain) {
       multiply<E, kVectors>(
           height(r), (registers_ - q) * kWidth,
-          {left_ + r / kTile * tile_size_ + k * kTile, kDepth, kTile, right_ + k * kPanel, kPanel,
-           round_up(std::min(kChain, depth - k), kDepth), kZeros<A>, 0, k ? chain : block, kPanel});
+          {left_ + r / kTile * tile_size_ + k * kTile, kRun, kTile, right_ + k * kPanel, kPanel,
+           round_up(std::min(kChain, depth - k), kRun), kZeros<A>, 0, k ? chain : block, kPanel});
       for (int64_t i = 0; k && i < height(r) * kPanel; i += kWidth)
         store(block + i, load(block + i) + load(chain + i));
     }
@@ -165,39 +165,65 @@ class OuterPart {
     for (int64_t i = 0; i < size; ++i) totals[i] += values[i];
   }
 
-  // left_ [tiles, depth / kDepth, kTile, kDepth]: what a tile reads lies together.
+  // left_ [tiles, depth / kRun, kTile, kRun]: what a tile reads lies together.
   void take_left(int64_t n, int64_t depth) {
-    constexpr int64_t kTileStep = kTile * kDepth;
-    for (int64_t k = 0; k < depth; k += kDepth) {
-      if (k % kChain == 0) std::fill_n(chain_sums_.get(), round_up(count_, kWidth), A{});
+    for (int64_t k = 0; k < round_up(depth, kRun); k += kDepth) {
       const T* rows[kDepth];
       for (int i = 0; i < kDepth; ++i) rows[i] = k + i < depth ? left(n + k + i) : nullptr;
-      const E* row = left_row_.get();
-      if constexpr (std::is_same_v<E, T> && kDepth == 1)
-        row = rows[0];
-      else
+      if constexpr (std::is_same_v<E, T> && kDepth == 1) {
+        take_columns(rows[0], k);
+      } else {
+        E* const row = left_rows_ + k % kRun * round_up(count_, kWidth);
         for (int64_t c = 0; c < count_; c += kWidth)
-          interleave<E>(rows, c, lanes_left<T>(count_ - c), left_row_ + c * kDepth);
-      E* out = left_ + k * kTile;
-      int64_t r = 0;
-      for (; r + kTile <= count_; r += kTile, out += tile_size_)
-        std::memcpy(out, row + r * kDepth, kTileStep * sizeof(E));
-      std::copy_n(row + r * kDepth, (count_ - r) * kDepth, out);
-      if (!p_->sums[0]) continue;
-      for (int64_t c = 0; c < count_; c += kWidth)
-        for (int i = 0; i < kDepth && rows[i]; ++i)
-          store(chain_sums_ + c,
-                load(chain_sums_ + c) + load(rows[i] + c, lanes_left<T>(count_ - c)));
-      if ((k + kDepth) % kChain == 0 || k + kDepth >= depth)
-        add(chain_sums_.get(), count_, sums_.get());
+          interleave<E>(rows, c, lanes_left<T>(count_ - c), row + c * kDepth);
+        if constexpr (!kTiled<E>)
+          take_columns(row, k);
+        else if ((k + kDepth) % kRun == 0)
+          transpose_run(k + kDepth - kRun);
+      }
+      if (p_->sums[0] && k < depth) add_to_sums(rows, k, depth);
     }
+  }
+
+  // One run of all columns, [columns, kRun].
+  void take_columns(const E* row, int64_t k) {
+    E* out = left_ + k * kTile;
+    int64_t r = 0;
+    for (; r + kTile <= count_; r += kTile, out += tile_size_)
+      std::memcpy(out, row + r * kRun, kTile * kRun * sizeof(E));
+    std::copy_n(row + r * kRun, (count_ - r) * kRun, out);
+  }
+
+  // The same from [kRun / kDepth, columns, kDepth].
+  void transpose_run(int64_t k) {
+    static_assert(!kTiled<E> || (kRun == kWidth * kDepth && kTile % kWidth == 0));
+    for (int64_t r = 0; r < count_; r += kWidth) {
+      VecLike<A, Word<E>> square[kWidth];
+      for (int i = 0; i < kWidth; ++i)
+        square[i] = load_as<VecLike<A, Word<E>>>(
+            left_rows_ + i * kDepth * round_up(count_, kWidth) + r * kDepth);
+      transpose_step<kWidth / 2>(square, std::make_integer_sequence<int, kWidth>());
+      E* const out = left_ + r / kTile * tile_size_ + k * kTile + r % kTile * kRun;
+      for (int i = 0; i < kWidth; ++i) store_as(out + i * kRun, square[i]);
+    }
+  }
+
+  // The rows [k, k + kDepth) of a block.
+  void add_to_sums(const T* const* rows, int64_t k, int64_t depth) {
+    if (k % kChain == 0) std::fill_n(chain_sums_.get(), round_up(count_, kWidth), A{});
+    for (int64_t c = 0; c < count_; c += kWidth)
+      for (int i = 0; i < kDepth && rows[i]; ++i)
+        store(chain_sums_ + c,
+              load(chain_sums_ + c) + load(rows[i] + c, lanes_left<T>(count_ - c)));
+    if ((k + kDepth) % kChain == 0 || k + kDepth >= depth)
+      add(chain_sums_.get(), count_, sums_.get());
   }
 
   // right_ [depth / kDepth, kPanel, kDepth]; a register without columns is never used.
   void take_right(int64_t n, int64_t depth, int64_t q) {
     for (int64_t v = 0; v < std::min<int64_t>(kVectors, registers_ - q); ++v) {
       const Columns c = columns(q + v);
-      for (int64_t k = 0; k < depth; k += kDepth) {
+      for (int64_t k = 0; k < round_up(depth, kRun); k += kDepth) {
         const T* rows[kDepth];
         for (int i = 0; i < kDepth; ++i)
           rows[i] = k + i < depth ? static_cast<const T*>(c.right->row[n + k + i]) : nullptr;
@@ -212,7 +238,7 @@ class OuterPart {
   bool several_ = false;  // blocks
   Buffer<double> totals_, sums_;
   Buffer<A> chain_sums_;
-  Buffer<E> left_, left_row_, right_;
+  Buffer<E> left_, left_rows_, right_;
 };
 
 // Every part owns some rows of the result, so that the sums over N run in one order.

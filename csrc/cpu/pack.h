@@ -69,7 +69,7 @@ inline void interleave(const T* const* rows, int64_t c, int lanes, E* out) {
   }
 }
 
-inline __attribute__((always_inline)) int64_t round_up(int64_t n, int64_t multiple) {
+inline __attribute__((always_inline)) constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
@@ -103,7 +103,7 @@ template <class T, int kVectors>
 void pack_rows(const T* weight, int64_t columns, int64_t K, int64_t column, T* panel) {
   constexpr int kDepth = Product<T>::kDepth;
   constexpr int kWidth = kLanes<Acc<T>>;
-  for (int64_t k = 0; k < K; k += kDepth) {
+  for (int64_t k = 0; k < padded_depth<T>(K); k += kDepth) {
     const T* rows[kDepth];
     for (int i = 0; i < kDepth; ++i)
       rows[i] = k + i < K ? weight + (k + i) * columns + column : nullptr;

@@ -4,8 +4,10 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace rnn_fused {
@@ -16,8 +18,29 @@ const char* isa_name(Isa isa) {
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
     case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::amx_bf16: return "amx_bf16";
   }
   return "?";
+}
+
+// The processor has tile registers that multiply bfloat16, and the kernel lets this process use
+// them. It has to be asked once, by whoever comes first; a signal stack too small for them is a
+// reason to say no.
+static bool may_use_amx_bf16() {
+#if defined(RNN_FUSED_EMULATED_AMX)
+  return true;
+#elif defined(__x86_64__) && defined(__linux__)
+  static const bool allowed = [] {
+    constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;       // of cpuid
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(2), linux 5.16
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) && (d & kBf16) &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return allowed;
+#else
+  return false;
+#endif
 }
 
 bool isa_supported(Isa isa) {
@@ -32,18 +55,10 @@ bool isa_supported(Isa isa) {
     case Isa::avx2: return avx2;
     case Isa::avx512: return avx512;
     case Isa::avx512_bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Isa::amx_bf16: return avx512 && __builtin_cpu_supports("avx512bf16") && may_use_amx_bf16();
   }
 #endif
   return isa == Isa::portable;
-}
-
-bool has_amx_bf16() {
-#if defined(__x86_64__)
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
-#else
-  return false;
-#endif
 }
 
 static Isa choose() {

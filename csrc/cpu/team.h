@@ -1,6 +1,7 @@
 // Runs a loop's steps on the caller's threads, as the schedule divides them.
 #pragma once
 
+#include "csrc/cpu/amx.h"
 #include "csrc/cpu/cpu.h"
 
 namespace rnn_fused::RNN_FUSED_ISA {
@@ -9,12 +10,14 @@ namespace rnn_fused::RNN_FUSED_ISA {
 template <class Body>
 void parallel_for(const Host& host, int64_t n, const Body& body, bool worth_it = true) {
   const auto call = [](void* context, int64_t begin, int64_t end) {
+    const TileScope scope;
     (*static_cast<const Body*>(context))(begin, end);
   };
+  void* const context = const_cast<void*>(static_cast<const void*>(&body));
   if (n == 1 || host.threads == 1 || !worth_it)
-    body(0, n);
+    call(context, 0, n);
   else
-    host.parallel_for(n, call, const_cast<void*>(static_cast<const void*>(&body)));
+    host.parallel_for(n, call, context);
 }
 
 // The same for packing so many weights.

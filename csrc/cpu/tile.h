@@ -7,16 +7,17 @@
 
 #include <utility>
 
-#include "csrc/cpu/simd.h"
+#include "csrc/cpu/amx.h"
 
 namespace rnn_fused::RNN_FUSED_ISA {
 
-// How one instruction multiplies: the type of the left operand, kDepth values of k at a time.
+// How one instruction multiplies: the type of the left operand, kDepth values of k at a time. Of
+// the left operand it takes kRun neighbouring ones.
 template <class T>
 struct Product {
   using Operand = Acc<T>;
   using Value = Vec<Acc<T>>;
-  static constexpr int kDepth = 1;
+  static constexpr int kDepth = 1, kRun = 1;
   static Value value(const Operand* a) { return broadcast(*a); }  // in every lane
   static Value values(const Operand* a) { return load(a); }       // neighbouring ones
   static Value weight(const T* w) { return load(w); }
@@ -30,6 +31,11 @@ struct Product<bf16> {
   using Operand = bf16;
   using Value = __m512bh;
   static constexpr int kDepth = 2;
+#if defined(RNN_FUSED_AMX)
+  static constexpr int kRun = 32;
+#else
+  static constexpr int kRun = 2;
+#endif
   static Value value(const Operand* a) { return (__m512bh)_mm512_set1_epi32(load_as<int32_t>(a)); }
   static Value values(const Operand* a) { return (__m512bh)load_as<__m512i>(a); }
   static Value weight(const bf16* w) { return values(w); }
@@ -42,18 +48,23 @@ struct Product<bf16> {
 template <class T>
 using Operand = typename Product<T>::Operand;
 
-// A panel is [K / kDepth, kVectors * kLanes, kDepth], K padded with zeros.
+// Whether the product is that of tile registers.
+template <class T>
+constexpr bool kTiled = Product<T>::kRun > Product<T>::kDepth;
+
+// A panel is [K / kDepth, kVectors * kLanes, kDepth], K padded with zeros to whole runs.
 template <class T>
 constexpr int64_t padded_depth(int64_t K) {
-  constexpr int64_t depth = Product<T>::kDepth;
-  return (K + depth - 1) / depth * depth;
+  constexpr int64_t run = Product<T>::kRun;
+  return (K + run - 1) / run * run;
 }
 
 // Largest number of rows whose accumulators, with one weight and the broadcast values, fit in the
-// vector registers: 32 of them with AVX-512, else 16.
-template <int kVectors>
-constexpr int kTileRows =
-    RNN_FUSED_VECTOR_BYTES == 64 ? (kVectors == 4 ? 6 : 8) : (kVectors == 4 ? 2 : 3);
+// vector registers: 32 of them with AVX-512, else 16. Of tile registers four hold sums.
+template <class T, int kVectors>
+constexpr int kTileRows = kTiled<T>                      ? 32
+                          : RNN_FUSED_VECTOR_BYTES == 64 ? (kVectors == 4 ? 6 : 8)
+                                                         : (kVectors == 4 ? 2 : 3);
 
 // out[r * ldo + c] = init[r * ldi + c] + sum_k a[r * lda + k * step] * panel(k, c). Every sum runs
 // over k in the same order whatever the height of the tile, so that a sequence's result does not
@@ -62,10 +73,10 @@ constexpr int kTileRows =
 template <class T>
 struct Tile {
   const Operand<T>* a;
-  int64_t lda, step;  // step is 1 where kDepth is not
+  int64_t lda, step;  // step is 1 where kRun is not, or runs lie apart
   const T* panel;
   int64_t ldp;  // columns of the panel: at least those of the tile
-  int64_t K;    // a multiple of kDepth
+  int64_t K;    // a multiple of kRun
   const Acc<T>* init;
   int64_t ldi;
   Acc<T>* out;  // may be init
@@ -107,13 +118,62 @@ void multiply_rows_of(int rows, const Tile<T>& tile, std::integer_sequence<int, 
   table[rows - 1](tile);
 }
 
-// For 1 to kTileRows<kVectors> rows, of which `columns` columns are wanted: a narrow tile where
+#if defined(RNN_FUSED_AMX)
+
+// kHalves * 16 rows and kColumns * 16 columns. With four tiles of sums each multiplication finds
+// its sums ready: they take about as long as three others.
+template <int kHalves, int kColumns>
+inline void multiply_four_tiles(const Tile<bf16>& t, int64_t column) {
+  constexpr int kLeft = 4, kRight = kLeft + kHalves, kRights = 8 - kRight;
+  constexpr int64_t kRun = Product<bf16>::kRun, kDepth = Product<bf16>::kDepth;
+  const auto sum = [](auto half, auto c) { return half * (4 / kHalves) + c; };
+  const auto each = [](const auto& body) {
+    unroll<kColumns>([&](auto c) { unroll<kHalves>([&](auto half) { body(half, c); }); });
+  };
+  const auto place = [&](auto half, auto c, int64_t ld) {
+    return half * 16 * ld + column + c * 16;
+  };
+  each([&](auto half, auto c) {
+    load_tile<sum(half, c)>(t.init + place(half, c, t.ldi), t.ldi * 4);
+  });
+  const bf16 *a = t.a, *w = t.panel + column * kDepth;
+  for (int64_t k = 0; k < t.K; k += kRun, a += kRun * t.step, w += kRun * t.ldp) {
+    unroll<kHalves>([&](auto half) { load_tile<kLeft + half>(a + half * 16 * t.lda, t.lda * 2); });
+    unroll<kColumns>([&](auto c) {
+      constexpr int kTile = kRight + c % kRights;
+      load_tile<kTile>(w + c * 16 * kDepth, t.ldp * 4);
+      unroll<kHalves>([&](auto half) { multiply_tiles<sum(half, c), kLeft + half, kTile>(); });
+    });
+  }
+  each([&](auto half, auto c) {
+    store_tile<sum(half, c)>(t.out + place(half, c, t.ldo), t.ldo * 4);
+  });
+}
+
+template <int kVectors>
+__attribute__((noinline)) void multiply_with_tiles(int rows, const Tile<bf16>& t) {
+  TileScope::fit(rows);
+  if (rows <= 16) return multiply_four_tiles<1, kVectors>(t, 0);
+  multiply_four_tiles<2, 2>(t, 0);
+  if constexpr (kVectors > 2) multiply_four_tiles<2, kVectors - 2>(t, 32);
+}
+
+#endif
+
+// For 1 to kTileRows<T, kVectors> rows, of which `columns` columns are wanted: a narrow tile where
 // half of the registers suffice.
 template <class T, int kVectors>
 void multiply(int rows, int64_t columns, const Tile<T>& tile) {
-  constexpr std::make_integer_sequence<int, kTileRows<kVectors>> heights;
-  if (kVectors == 4 && columns <= 2 * kLanes<Acc<T>>)
-    multiply_rows_of<T, kVectors == 4 ? 2 : kVectors>(rows, tile, heights);
+  constexpr int kNarrow = kVectors == 4 ? 2 : kVectors;
+  const bool narrow = kVectors == 4 && columns <= 2 * kLanes<Acc<T>>;
+#if defined(RNN_FUSED_AMX)
+  if constexpr (kTiled<T>)
+    return narrow ? multiply_with_tiles<kNarrow>(rows, tile)
+                  : multiply_with_tiles<kVectors>(rows, tile);
+#endif
+  constexpr std::make_integer_sequence<int, kTiled<T> ? 1 : kTileRows<T, kVectors>> heights;
+  if (narrow)
+    multiply_rows_of<T, kNarrow>(rows, tile, heights);
   else
     multiply_rows_of<T, kVectors>(rows, tile, heights);
 }

@@ -17,7 +17,7 @@ enum class Layout {
 template <class T, int kVectors, Layout kLayout>
 class Weights {
  public:
-  static constexpr int kTile = kTileRows<kVectors>;
+  static constexpr int kTile = kTileRows<T, kVectors>;
   static constexpr int64_t kPanelWidth = kLanes<Acc<T>> * kVectors;
   // Output columns (or, for gates, hidden units) of a panel.
   static constexpr int64_t kColumns = kLayout == Layout::gates ? kLanes<Acc<T>> : kPanelWidth;

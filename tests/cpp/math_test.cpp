@@ -22,6 +22,7 @@ std::vector<NamedMath> supported_math() {
       {Isa::avx2, &avx2::math},
       {Isa::avx512, &avx512::math},
       {Isa::avx512_bf16, &avx512_bf16::math},
+      {Isa::amx_bf16, &amx_bf16::math},
 #endif
   };
   std::vector<NamedMath> supported;
@@ -209,9 +210,9 @@ struct Conversion {
 const Conversion kConversions[] = {{"bfloat16", kBf16, &IsaMath::bf16},
                                    {"float16", kF16, &IsaMath::f16}};
 
-// Of bfloat16, the instruction set with conversions of its own takes subnormal numbers as zero.
+// Of bfloat16, the instruction sets with conversions of their own take subnormal numbers as zero.
 uint16_t stored(Isa isa, const Format16& format, float x) {
-  const bool flushed = isa == Isa::avx512_bf16 && format.mantissa == kBf16.mantissa &&
+  const bool flushed = isa >= Isa::avx512_bf16 && format.mantissa == kBf16.mantissa &&
                        std::fpclassify(x) == FP_SUBNORMAL;
   return format.encode(flushed ? std::copysign(0.0f, x) : x);
 }
