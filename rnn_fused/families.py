@@ -59,7 +59,7 @@ def forced() -> str:
     return _forced
 
 
-# The compiler cannot trace what these two ask of the device and of torch's settings.
+# The compiler cannot trace what these ask of the device and of torch's settings.
 
 
 @torch.compiler.assume_constant_result
@@ -97,6 +97,17 @@ def allows_tf32() -> bool:
     if products == "tf32" and layers != "tf32":
         _warn_of_products()
     return layers == "tf32"
+
+
+@torch.compiler.assume_constant_result
+def allows_split() -> bool:
+    """Whether float32 products on the CPU may be those of bfloat16 terms:
+    `torch.get_float32_matmul_precision()`. A compiled graph keeps what held when it was compiled.
+    """
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # old and new settings mixed
+        return False
 
 
 @cache

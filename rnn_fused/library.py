@@ -34,7 +34,8 @@ class Call:
     cell: str
     options: CellOptions = PLAIN
     kernels: str = "auto"  # the family of CUDA kernels; the CPU has but one
-    allow_tf32: bool = False  # in the CUDA kernels' float32 products
+    # Float32 products may be less exact: TF32 on CUDA, on the CPU those of two bfloat16 terms.
+    allow_tf32: bool = False
 
     @property
     def arguments(self) -> tuple[Any, ...]:

@@ -101,7 +101,9 @@ def layer(
             raise RuntimeError(f"[{cell}] {wanted}: rnn_fused has no kernels for {device} tensors")
         return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
     kernels, allow_tf32 = "auto", False
-    if device == "cuda":
+    if device == "cpu":
+        allow_tf32 = input.dtype == torch.float32 and families.allows_split()
+    elif device == "cuda":
         kernels = families.forced()
         allow_tf32 = input.dtype == torch.float32 and families.allows_tf32()
         if kernels == "cudnn":

@@ -45,10 +45,11 @@ ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, Optiona
                              Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
                              OptionalTensor sizes, OptionalTensor resets, std::string cell,
                              double gate_slope, std::optional<double> cell_clip,
-                             std::optional<double> grad_clip, std::string, bool, bool save_gates,
-                             bool save_cells) {
-  const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
-                    weight_hr, sizes, resets, cell, gate_slope, cell_clip, grad_clip);
+                             std::optional<double> grad_clip, std::string, bool allow_tf32,
+                             bool save_gates, bool save_cells) {
+  Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr,
+              sizes, resets, cell, gate_slope, cell_clip, grad_clip);
+  layer.shape.split = allow_tf32;
   return forward(layer, std::nullopt, save_gates, save_cells);
 }
 
@@ -135,11 +136,12 @@ struct Operands {
 
 void rebuild_gates(const Layer& layer, const Window& window, int d, const Operands& operands) {
   const BackwardDirection& dir = window.direction[d];
-  cpu_gates(selected_isa(),
-            {window.cell, window.dtype, window.options, window.count(d), layer.I, window.H,
-             window.P, operands.x.data(), operands.h.data(), layer.weight_ih[d].const_data_ptr(),
-             dir.weight_hh, dir.bias_ih, dir.bias_hh, dir.grad_gates, repays_packing(window)},
-            torch_threads());
+  cpu_gates(
+      selected_isa(),
+      {window.cell, window.dtype, window.options, window.count(d), layer.I, window.H, window.P,
+       operands.x.data(), operands.h.data(), layer.weight_ih[d].const_data_ptr(), dir.weight_hh,
+       dir.bias_ih, dir.bias_hh, dir.grad_gates, repays_packing(window), window.split},
+      torch_threads());
 }
 
 // Those of direction d and a window: the results, or, of several windows, added to them.
@@ -169,7 +171,8 @@ void weight_gradients(const Layer& layer, const BackwardPass& pass, const Window
                        stride,
                        {right[0], right[1]},
                        {sums[0], sums[1]},
-                       pass.several()},
+                       pass.several(),
+                       window.split},
                       torch_threads());
   };
   // n and hn of the GRU: one belongs to W_ih, the other to W_hh.
@@ -194,9 +197,18 @@ void input_gradient(const Layer& layer, const BackwardPass& pass, const Window& 
                     int together, const Operands& operands, const Tensor& grad_input) {
   const int64_t N = window.count(d), I = layer.I;
   const int64_t GH = layer.G() * window.H, SH = layer.S() * window.H;
-  InputGradientParams params{
-      window.dtype,        together, N, GH, I, SH, {}, {}, at(grad_input, 0), operands.place.data(),
-      pass.adds_to_input()};
+  InputGradientParams params{window.dtype,
+                             together,
+                             N,
+                             GH,
+                             I,
+                             SH,
+                             {},
+                             {},
+                             at(grad_input, 0),
+                             operands.place.data(),
+                             pass.adds_to_input(),
+                             window.split};
   for (int i = 0; i < together; ++i) {
     params.grad_gates[i] = window.direction[d + i].grad_gates;
     params.weight_ih[i] = layer.weight_ih[d + i].const_data_ptr();
@@ -213,11 +225,12 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
                                Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
                                OptionalTensor sizes, OptionalTensor resets, std::string cell,
                                double gate_slope, std::optional<double> cell_clip,
-                               std::optional<double> grad_clip, std::string, bool, Tensor output,
-                               Tensor gates, Tensor cells, bool need_input, bool need_state,
-                               bool need_weights) {
-  const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
-                    weight_hr, sizes, resets, cell, gate_slope, cell_clip, grad_clip);
+                               std::optional<double> grad_clip, std::string, bool allow_tf32,
+                               Tensor output, Tensor gates, Tensor cells, bool need_input,
+                               bool need_state, bool need_weights) {
+  Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr,
+              sizes, resets, cell, gate_slope, cell_clip, grad_clip);
+  layer.shape.split = allow_tf32;
   const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, grad_cells, output, gates, cells,
                           kOverwriteGates, true);
   const Gradients grads(layer, pass, need_input, need_weights);

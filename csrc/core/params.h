@@ -62,6 +62,9 @@ struct Options {
   }
 };
 
+// float32 products may be those of two bfloat16 terms of each factor, x = high + low up to 2^-17 of
+// it: `split` in what follows. On the CPU only, where it multiplies these faster (split32.h).
+
 struct LayerShape {
   Cell cell;
   DType dtype;
@@ -75,6 +78,7 @@ struct LayerShape {
   Options options = {};
   bool sizes_on_device = false;    // batch_sizes and row_start are known to a CUDA device alone
   const int64_t* order = nullptr;  // [B], padded: which the caller's sequence b is; else null
+  bool split = false;
 
   // Sequences that reach timestep t, and the row of the first.
   RNN_FUSED_HD int64_t active(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
@@ -198,6 +202,7 @@ struct GatesParams {
   const void *weight_ih, *weight_hh, *bias_ih, *bias_hh;  // as in ForwardDirection
   void* gates;                                            // [N, S*H]
   bool pack = true;  // rearrange the weights, as the forward pass did: it decides the order of sums
+  bool split = false;
 };
 
 // dx = sum over directions of grad_gates[:, :K] @ weight_ih. N at least 1.
@@ -211,6 +216,7 @@ struct InputGradientParams {
   void* grad_input;           // rows of I
   const int64_t* place;       // [N] which of them
   bool accumulate = false;    // add to what is there
+  bool split = false;
 };
 
 // right[i].out = left.T @ right[i], the gradients of one or two weights, and where asked for the
@@ -229,6 +235,7 @@ struct OuterProductParams {
   Right right[2];
   void* sums[2];            // [rows] or null; the second only with the first
   bool accumulate = false;  // out and sums have the accumulation type, and are added to
+  bool split = false;
 };
 
 }  // namespace rnn_fused

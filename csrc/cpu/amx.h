@@ -113,8 +113,7 @@ class TileScope {
   TileScope& operator=(const TileScope&) = delete;
 
   // For products of so many rows: tiles 0 to 3 hold sums, of up to 16 rows all four, of more two
-  // for each half; behind them come one or two for the left operand, and the rest for the right
-  // one.
+  // for each half; 4 and 5 hold the left operand of the halves, 6 and 7 the right one.
   static void fit(int rows) {
     if (rows == rows_) return;
     rows_ = rows;

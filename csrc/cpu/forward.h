@@ -17,6 +17,9 @@ class Forward {
   static constexpr bool kLstm = kCell == Cell::lstm;
   static constexpr bool kGru = kCell == Cell::gru;
   static constexpr int kWidth = kLanes<A>;
+  // The GRU's h goes on to the next step by itself too, and not by way of an operand that is not
+  // quite h.
+  static constexpr bool kKeepsH = kGru && std::is_same_v<T, split32>;
 
   // What the loop of one direction reads and writes besides the caller's tensors.
   struct Direction : ForwardDirection {
@@ -26,7 +29,7 @@ class Forward {
     Buffer<Operand<T>> h[2];    // [B, Pp] read at even and at odd steps
     Buffer<Operand<T>> hidden;  // [B, Hp] o * tanh(c) before the projection
     Buffer<A> projected;        // [B, Pp] h before it is rounded; with a projection
-    Buffer<A> c;                // [B, Hp]
+    Buffer<A> c;                // [B, Hp] with kKeepsH that is h
   };
 
  public:
@@ -115,9 +118,14 @@ class Forward {
         dir.projected = Buffer<A>(p_.B * Pp_);
       }
     }
+    if constexpr (kKeepsH) {
+      dir.c = Buffer<A>::zeros(p_.B * Hp_);
+      copy_matrix<T>(dir.h0, p_.B, p_.H, dir.c.get(), Hp_, p_.order);
+    }
     for (int64_t b = 0; d == 0 && p_.resets && b < p_.B; ++b) {
       if (!p_.resets_at(0, b)) continue;
       const int64_t sequence = p_.sequence(b);
+      if constexpr (kKeepsH) copy_matrix<T>(dir.reset_h, 1, p_.H, dir.c + b * Hp_, Hp_, &sequence);
       copy_matrix<T>(dir.reset_h, 1, p_.P, dir.h[0] + b * Pp_, Pp_, &sequence);
       if constexpr (kLstm) copy_matrix<T>(dir.reset_c, 1, p_.H, dir.c + b * Hp_, Hp_, &sequence);
     }
@@ -155,7 +163,12 @@ class Forward {
       GruGates<V> a = {load(slot + kWidth), load(slot + 2 * kWidth), load(slot),
                        load(slot + 3 * kWidth)};
       gru_activate<Math<A>>(a, options_);
-      const V new_h = gru_forward(a, load(h + b * Pp_ + unit));
+      V h_prev;
+      if constexpr (kKeepsH)
+        h_prev = load(dir.c + b * Hp_ + unit);
+      else
+        h_prev = load(h + b * Pp_ + unit);
+      const V new_h = gru_forward(a, h_prev);
       if (p_.save_gates) {
         save(0, a.r);
         save(1, a.z);
@@ -179,6 +192,7 @@ class Forward {
     store(static_cast<T*>(dir.output) + at.place * p_.output_stride + column, h, n);
     if (at.reset)
       h = load(static_cast<const T*>(dir.reset_h) + p_.sequence(at.b) * p_.P + column, n);
+    if constexpr (kKeepsH) store(dir.c + at.b * Hp_ + column, h);
     // Where the operand is T itself, the store rounds.
     store(h_next + at.b * Pp_ + column, std::is_same_v<Operand<T>, T> ? h : round_to<T>(h), n);
   }

@@ -19,11 +19,15 @@ void run_cell(const Params& params, const Schedule& schedule, const Host& host) 
   }
 }
 
-// Calls body(T()) with the storage type.
+// Calls body(T()) with the storage type. split: see params.h.
 template <class Body>
-void with_type(DType dtype, const Body& body) {
+void with_type(DType dtype, [[maybe_unused]] bool split, const Body& body) {
   switch (dtype) {
-    case DType::f32: return body(float());
+    case DType::f32:
+#if defined(RNN_FUSED_AMX)
+      if (split) return body(split32());
+#endif
+      return body(float());
     case DType::f64: return body(double());
     case DType::bf16: return body(bf16());
     case DType::f16: return body(f16());
@@ -31,11 +35,13 @@ void with_type(DType dtype, const Body& body) {
 }
 
 void forward(const ForwardParams& params, const Schedule& schedule, const Host& host) {
-  with_type(params.dtype, [&](auto t) { run_cell<Forward, decltype(t)>(params, schedule, host); });
+  with_type(params.dtype, params.split,
+            [&](auto t) { run_cell<Forward, decltype(t)>(params, schedule, host); });
 }
 
 void backward(const BackwardParams& params, const Schedule& schedule, const Host& host) {
-  with_type(params.dtype, [&](auto t) { run_cell<Backward, decltype(t)>(params, schedule, host); });
+  with_type(params.dtype, params.split,
+            [&](auto t) { run_cell<Backward, decltype(t)>(params, schedule, host); });
 }
 
 template <class T, Cell kCell>
@@ -56,7 +62,7 @@ int64_t pack(const PackParams& p, void* out) {
 
 int64_t pack_weights(const PackParams& params, void* out) {
   int64_t size = 0;
-  with_type(params.dtype, [&](auto t) {
+  with_type(params.dtype, false, [&](auto t) {
     using T = decltype(t);
     size = params.cell == Cell::lstm  ? pack<T, Cell::lstm>(params, out)
            : params.cell == Cell::gru ? pack<T, Cell::gru>(params, out)
@@ -66,7 +72,7 @@ int64_t pack_weights(const PackParams& params, void* out) {
 }
 
 void gates(const GatesParams& params, const Host& host) {
-  with_type(params.dtype, [&](auto t) {
+  with_type(params.dtype, params.split, [&](auto t) {
     if (params.cell == Cell::gru)
       Gates<decltype(t), Cell::gru>(params, host).run();
     else
@@ -75,11 +81,12 @@ void gates(const GatesParams& params, const Host& host) {
 }
 
 void input_gradient(const InputGradientParams& params, const Host& host) {
-  with_type(params.dtype, [&](auto t) { multiply_by_weights<decltype(t)>(params, host); });
+  with_type(params.dtype, params.split,
+            [&](auto t) { multiply_by_weights<decltype(t)>(params, host); });
 }
 
 void outer_product(const OuterProductParams& params, const Host& host) {
-  with_type(params.dtype, [&](auto t) { multiply_outer<decltype(t)>(params, host); });
+  with_type(params.dtype, params.split, [&](auto t) { multiply_outer<decltype(t)>(params, host); });
 }
 
 }  // namespace rnn_fused::RNN_FUSED_ISA

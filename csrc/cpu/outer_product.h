@@ -15,7 +15,8 @@ template <class T>
 class OuterPart {
   using A = Acc<T>;
   using V = Vec<A>;
-  using E = Operand<T>;  // of both sides: T itself, or widened where no instruction multiplies T
+  // Of both sides: T itself, or widened where no instruction multiplies T.
+  using E = std::conditional_t<kTiled<T>, T, Operand<T>>;
   using Right = OuterProductParams::Right;
   static constexpr int kDepth = Product<E>::kDepth, kRun = Product<E>::kRun;
   static constexpr int kWidth = kLanes<A>;
@@ -42,7 +43,7 @@ class OuterPart {
     tile_size_ = depth * kTile + static_cast<int64_t>(64 / sizeof(E));
     if (several_) totals_ = Buffer<double>::zeros(count_ * ld_);
     chain_sums_ = Buffer<A>(round_up(count_, kWidth));
-    left_ = Buffer<E>((count_ + kTile - 1) / kTile * tile_size_);
+    left_ = Buffer<Operand<E>>((count_ + kTile - 1) / kTile * tile_size_);
     left_rows_ = Buffer<E>(round_up(count_, kWidth) * kRun);
     right_ = Buffer<E>(depth * kPanel);
   }
@@ -170,7 +171,7 @@ class OuterPart {
     for (int64_t k = 0; k < round_up(depth, kRun); k += kDepth) {
       const T* rows[kDepth];
       for (int i = 0; i < kDepth; ++i) rows[i] = k + i < depth ? left(n + k + i) : nullptr;
-      if constexpr (std::is_same_v<E, T> && kDepth == 1) {
+      if constexpr (std::is_same_v<E, T> && kDepth == 1 && !kTiled<E>) {
         take_columns(rows[0], k);
       } else {
         E* const row = left_rows_ + k % kRun * round_up(count_, kWidth);
@@ -203,8 +204,8 @@ class OuterPart {
         square[i] = load_as<VecLike<A, Word<E>>>(
             left_rows_ + i * kDepth * round_up(count_, kWidth) + r * kDepth);
       transpose_step<kWidth / 2>(square, std::make_integer_sequence<int, kWidth>());
-      E* const out = left_ + r / kTile * tile_size_ + k * kTile + r % kTile * kRun;
-      for (int i = 0; i < kWidth; ++i) store_as(out + i * kRun, square[i]);
+      Operand<E>* const out = left_ + r / kTile * tile_size_ + k * kTile + r % kTile * kRun;
+      for (int i = 0; i < kWidth; ++i) store_left(out + i * kRun, square[i]);
     }
   }
 
@@ -238,7 +239,8 @@ class OuterPart {
   bool several_ = false;  // blocks
   Buffer<double> totals_, sums_;
   Buffer<A> chain_sums_;
-  Buffer<E> left_, left_rows_, right_;
+  Buffer<Operand<E>> left_;
+  Buffer<E> left_rows_, right_;
 };
 
 // Every part owns some rows of the result, so that the sums over N run in one order.

@@ -30,6 +30,15 @@ inline void transpose_step(V* v, std::integer_sequence<int, kLane...>) {
     transpose_step<kDistance / 2>(v, std::integer_sequence<int, kLane...>());
 }
 
+// What a panel holds of a register of weights.
+template <class T, class V>
+inline V panel_words(V words) {
+  if constexpr (std::is_same_v<T, split32>)
+    return right_words(bit_cast<Vec<float>>(words));
+  else
+    return words;
+}
+
 // Fills kLanes columns of a panel of kColumns, from column `first`, with the first `lanes` of
 // `rows`: one row of K elements per column, `row_stride` apart.
 template <class T, int kColumns>
@@ -47,12 +56,15 @@ void pack_lanes(const T* rows, int64_t row_stride, int lanes, int64_t K, int fir
     V square[kSize];
     for (int l = 0; l < kSize; ++l) square[l] = load_as<V>(rows + l * row_stride + k);
     transpose_step<kSize / 2>(square, std::make_integer_sequence<int, kSize>());
-    for (int i = 0; i < kSize; ++i) store_as(place(k + i * kDepth, 0), square[i]);
+    for (int i = 0; i < kSize; ++i) store_as(place(k + i * kDepth, 0), panel_words<T>(square[i]));
   }
-  for (; k < depth; k += kDepth)
+  for (; k < depth; k += kDepth) {
+    alignas(V) T words[kSize * kDepth];
     for (int l = 0; l < kSize; ++l)
       for (int i = 0; i < kDepth; ++i)
-        place(k, l)[i] = l < lanes && k + i < K ? rows[l * row_stride + k + i] : T{};
+        words[l * kDepth + i] = l < lanes && k + i < K ? rows[l * row_stride + k + i] : T{};
+    store_as(place(k, 0), panel_words<T>(load_as<V>(words)));
+  }
 }
 
 // A register of columns, from column `c` on, of kDepth neighbouring rows (null: zeros), in the
@@ -61,12 +73,20 @@ template <class E, class T>
 inline void interleave(const T* const* rows, int64_t c, int lanes, E* out) {
   using V = Vec<Acc<T>>;
   const auto at = [&](int i) { return rows[i] ? load(rows[i] + c, lanes) : V{}; };
-  if constexpr (Product<E>::kDepth == 1) {
+  if constexpr (std::is_same_v<E, split32>) {
+    store_as(out, right_words(at(0)));
+  } else if constexpr (Product<E>::kDepth == 1) {
     store(out, at(0));
   } else {  // a bf16 loads into the upper half of a float
     static_assert(Product<E>::kDepth == 2 && std::is_same_v<E, bf16>);
     store_as(out, (bit_cast<U32>(at(0)) >> 16) | bit_cast<U32>(at(1)));
   }
+}
+
+// A run of a row as a left operand, from words in the order of a panel.
+template <class E, class V>
+inline void store_left(E* out, V words) {
+  store_as(out, words);
 }
 
 inline __attribute__((always_inline)) constexpr int64_t round_up(int64_t n, int64_t multiple) {

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "csrc/cpu/amx.h"
+#include "csrc/cpu/split32.h"
 
 namespace rnn_fused::RNN_FUSED_ISA {
 
@@ -45,10 +46,16 @@ struct Product<bf16> {
 };
 #endif
 
+template <>
+struct Product<split32> {  // in tile registers only
+  using Operand = SplitTerms;
+  static constexpr int kDepth = 1, kRun = 16;
+};
+
 template <class T>
 using Operand = typename Product<T>::Operand;
 
-// Whether the product is that of tile registers.
+// Whether the product is that of tile registers. Then a run is a row of a left tile, or of two.
 template <class T>
 constexpr bool kTiled = Product<T>::kRun > Product<T>::kDepth;
 
@@ -122,36 +129,47 @@ void multiply_rows_of(int rows, const Tile<T>& tile, std::integer_sequence<int, 
 
 // kHalves * 16 rows and kColumns * 16 columns. With four tiles of sums each multiplication finds
 // its sums ready: they take about as long as three others.
-template <int kHalves, int kColumns>
-inline void multiply_four_tiles(const Tile<bf16>& t, int64_t column) {
-  constexpr int kLeft = 4, kRight = kLeft + kHalves, kRights = 8 - kRight;
-  constexpr int64_t kRun = Product<bf16>::kRun, kDepth = Product<bf16>::kDepth;
+template <int kHalves, int kColumns, class T>
+inline void multiply_four_tiles(const Tile<T>& t, int64_t column) {
+  constexpr int kLeft = 4, kRight = 6, kRights = std::min(kColumns, 2);
+  constexpr int64_t kRun = Product<T>::kRun, kDepth = Product<T>::kDepth;
+  constexpr int kTerms = kRun * sizeof(Operand<T>) / 64;
   const auto sum = [](auto half, auto c) { return half * (4 / kHalves) + c; };
-  const auto each = [](const auto& body) {
-    unroll<kColumns>([&](auto c) { unroll<kHalves>([&](auto half) { body(half, c); }); });
+  const auto each_sum = [](const auto& body) {
+    unroll<kHalves>([&](auto half) { unroll<kColumns>([&](auto c) { body(half, c); }); });
   };
-  const auto place = [&](auto half, auto c, int64_t ld) {
-    return half * 16 * ld + column + c * 16;
-  };
-  each([&](auto half, auto c) {
-    load_tile<sum(half, c)>(t.init + place(half, c, t.ldi), t.ldi * 4);
+  const auto place = [&](int half, int c, int64_t ld) { return half * 16 * ld + column + c * 16; };
+  each_sum([&](auto half, auto c) {
+    load_tile<sum(half, c)>(t.init + place(half, c, t.ldi), t.ldi * sizeof(float));
   });
-  const bf16 *a = t.a, *w = t.panel + column * kDepth;
-  for (int64_t k = 0; k < t.K; k += kRun, a += kRun * t.step, w += kRun * t.ldp) {
-    unroll<kHalves>([&](auto half) { load_tile<kLeft + half>(a + half * 16 * t.lda, t.lda * 2); });
-    unroll<kColumns>([&](auto c) {
-      constexpr int kTile = kRight + c % kRights;
-      load_tile<kTile>(w + c * 16 * kDepth, t.ldp * 4);
-      unroll<kHalves>([&](auto half) { multiply_tiles<sum(half, c), kLeft + half, kTile>(); });
+  const Operand<T>* a = t.a;
+  const T* w = t.panel + column * kDepth;
+  for (int64_t k = 0; k < t.K; k += kRun, a += kRun * t.step, w += kRun * t.ldp)
+    unroll<(kColumns + kRights - 1) / kRights>([&](auto group) {
+      constexpr int kFirst = group * kRights, kCount = std::min(kRights, kColumns - kFirst);
+      unroll<kCount>([&](auto c) {
+        load_tile<kRight + c>(w + (kFirst + c) * 16 * kDepth, t.ldp * kDepth * sizeof(T));
+      });
+      unroll<kTerms>([&](auto term) {
+        unroll<kHalves>([&](auto half) {
+          load_tile<kLeft + half>(a + half * 16 * t.lda + term * kRun / kTerms,
+                                  t.lda * sizeof(Operand<T>));
+        });
+        unroll<kCount>([&](auto c) {
+          unroll<kHalves>([&](auto half) {
+            multiply_tiles<sum(half, std::integral_constant<int, kFirst + c>()), kLeft + half,
+                           kRight + c>();
+          });
+        });
+      });
     });
-  }
-  each([&](auto half, auto c) {
-    store_tile<sum(half, c)>(t.out + place(half, c, t.ldo), t.ldo * 4);
+  each_sum([&](auto half, auto c) {
+    store_tile<sum(half, c)>(t.out + place(half, c, t.ldo), t.ldo * sizeof(float));
   });
 }
 
-template <int kVectors>
-__attribute__((noinline)) void multiply_with_tiles(int rows, const Tile<bf16>& t) {
+template <int kVectors, class T>
+__attribute__((noinline)) void multiply_with_tiles(int rows, const Tile<T>& t) {
   TileScope::fit(rows);
   if (rows <= 16) return multiply_four_tiles<1, kVectors>(t, 0);
   multiply_four_tiles<2, 2>(t, 0);
@@ -171,11 +189,13 @@ void multiply(int rows, int64_t columns, const Tile<T>& tile) {
     return narrow ? multiply_with_tiles<kNarrow>(rows, tile)
                   : multiply_with_tiles<kVectors>(rows, tile);
 #endif
-  constexpr std::make_integer_sequence<int, kTiled<T> ? 1 : kTileRows<T, kVectors>> heights;
-  if (narrow)
-    multiply_rows_of<T, kNarrow>(rows, tile, heights);
-  else
-    multiply_rows_of<T, kVectors>(rows, tile, heights);
+  if constexpr (!kTiled<T>) {
+    constexpr std::make_integer_sequence<int, kTileRows<T, kVectors>> heights;
+    if (narrow)
+      multiply_rows_of<T, kNarrow>(rows, tile, heights);
+    else
+      multiply_rows_of<T, kVectors>(rows, tile, heights);
+  }
 }
 
 // The same products from weights as they lie in memory, for those that are computed too rarely to

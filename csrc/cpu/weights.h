@@ -90,7 +90,7 @@ class Weights {
               height, kLayout == Layout::gates ? kPanelWidth : columns_ - p * kPanelWidth,
               {operand, lda, 1, panels_ + p * panel_size(), kPanelWidth, padded_depth<T>(K_),
                from.at(r, p), from.row_stride, to.at(r, p), to.row_stride});
-        else
+        else if constexpr (!std::is_same_v<T, split32>)  // whose weights are always packed
           multiply_in_place(height, operand, lda, r, p, from, to);
         done(r, height, p);
       }

@@ -9,6 +9,7 @@ namespace rnn_fused {
 
 // Rounding errors of the type that a value may have gathered over the steps.
 inline double tolerance(DType dtype) { return (size_of(dtype) == 2 ? 2 : 32) * roundoff(dtype); }
+inline double tolerance(const Layer& l) { return l.split ? 0x1p-14 : tolerance(l.dtype); }
 
 // What was not to be written, NaN in `expected`, must be NaN still.
 inline void check_close(const doctest::String& what, const Array& actual, const Array& expected,
@@ -30,7 +31,7 @@ inline void check_close(const doctest::String& what, const Array& actual, const 
 // saved: whether gates and cells are there.
 inline void check_close(const Layer& l, const Forward& actual, const Forward& expected,
                         bool saved = true) {
-  const double tol = tolerance(l.dtype);
+  const double tol = tolerance(l);
   check_close("output", actual.output, expected.output, tol);
   for (int d = 0; d < l.directions; ++d) {
     CAPTURE(d);
@@ -44,7 +45,7 @@ inline void check_close(const Layer& l, const Forward& actual, const Forward& ex
 }
 
 inline void check_close(const Layer& l, const Backward& actual, const Backward& expected) {
-  const double tol = tolerance(l.dtype);
+  const double tol = tolerance(l);
   for (int d = 0; d < l.directions; ++d) {
     CAPTURE(d);
     const Backward::Direction &a = actual.direction[d], &e = expected.direction[d];

@@ -25,13 +25,15 @@ struct Sizes {
   int64_t gap = 3;  // elements between the rows of the output, which must stay as they are
   bool resets = false;
   bool options = false;  // a slope and bounds that matter; gradients of c; grad_gates over gates
+  bool split = false;
 };
 
 inline std::ostream& operator<<(std::ostream& out, const Sizes& s) {
   return out << toString(s.cell) << " " << toString(s.dtype) << " T=" << s.T << " B=" << s.B
              << " I=" << s.I << " H=" << s.H << " P=" << s.P << " D=" << s.directions
              << (s.ragged ? " ragged" : " dense") << (s.bias ? " bias" : "")
-             << (s.resets ? " resets" : "") << (s.options ? " options" : "");
+             << (s.resets ? " resets" : "") << (s.options ? " options" : "")
+             << (s.split ? " split" : "");
 }
 
 struct Layer : Sizes {
@@ -99,19 +101,21 @@ struct Layer : Sizes {
   double grad_clip() const { return options ? 0.0625 : kNone; }
 
   LayerShape shape() const {
-    return {cell,
-            dtype,
-            T,
-            B,
-            H,
-            P,
-            directions,
-            ragged ? active.data() : nullptr,
-            ragged ? starts.data() : nullptr,
-            resets ? reinterpret_cast<const bool*>(reset_flags.data()) : nullptr,
-            {{static_cast<float>(gate_slope()), static_cast<float>(cell_clip()),
-              static_cast<float>(grad_clip())},
-             {gate_slope(), cell_clip(), grad_clip()}}};
+    LayerShape shape{cell,
+                     dtype,
+                     T,
+                     B,
+                     H,
+                     P,
+                     directions,
+                     ragged ? active.data() : nullptr,
+                     ragged ? starts.data() : nullptr,
+                     resets ? reinterpret_cast<const bool*>(reset_flags.data()) : nullptr,
+                     {{static_cast<float>(gate_slope()), static_cast<float>(cell_clip()),
+                       static_cast<float>(grad_clip())},
+                      {gate_slope(), cell_clip(), grad_clip()}}};
+    shape.split = split;
+    return shape;
   }
 
   DirectionWeights weights(int d) const {
@@ -218,7 +222,7 @@ inline Array rebuild_gates(Isa isa, const Layer& l, const Host& host, const Forw
   cpu_gates(isa,
             {l.cell, l.dtype, l.shape().options, l.N, l.I, l.H, l.P, input.data(), before.data(),
              l.direction[d].weight_ih.at(0), w.weight_hh, w.bias_ih, w.bias_hh, gates.at(0),
-             repays_packing(l.shape())},
+             repays_packing(l.shape()), l.split},
             host);
   return gates;
 }
