@@ -222,6 +222,9 @@ def test_a_refusal_is_kept_and_an_error_is_a_failure(monkeypatch: pytest.MonkeyP
         assert row.recurrence_ms is not None
         assert row.recurrence_ms < row.p50_ms
         assert row.peak_mb is None
+    stock, ours = outcome.rows
+    assert 0 < ours.share < 1
+    assert stock.share == pytest.approx(ours.share / ours.ratio)
 
 
 def test_a_lost_device_is_no_mere_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from .problems import Problem
 from .providers import SLOW, obstacle
 from .records import Row, make_row
 from .timer import Settings, interleave
-from .workload import Case, Workload, admit, input_product
+from .workload import Case, Workload, admit, input_product, large_product
 
 SECTION = "grid"
 SLOW_STEPS = 200  # on a device where steps are quick, loops in Python run up to this T
@@ -66,6 +66,13 @@ def peak_mb(workload: Workload, device: torch.device) -> float | None:
     return (torch.cuda.max_memory_allocated(device) - before) * 1e-6
 
 
+def share_of_product(case: Case, workload: Workload, settings: Settings) -> float:
+    """The rate of a workload over that of a large product, timed in turns for a few rounds."""
+    product, flops = large_product(case)
+    times = interleave({"layer": workload, "product": product}, settings.few_rounds())
+    return times["layer"].speedup_over(times["product"]) * case.problem.flops(case.pass_) / flops
+
+
 def compare(
     case: Case, settings: Settings, providers: Sequence[str], *, recurrence: bool = False
 ) -> Outcome:
@@ -88,9 +95,14 @@ def compare(
         for name in slow:
             times[name] = slow_times[name]
             ratios[name] = slow_times[name].speedup_over(slow_times["torch.nn"])
+    shares = dict.fromkeys(times, None)
+    if "rnn_fused" in quick and not case.lengths:
+        share = share_of_product(case, quick["rnn_fused"], settings)
+        shares = {name: share * ratio / ratios["rnn_fused"] for name, ratio in ratios.items()}
     rows = [
         make_row(
             *(SECTION, name, case, timing, ratios[name]),
+            share=shares[name],
             recurrence_ms=None if product_ms is None else timing.median * 1e3 - product_ms,
             peak_mb=peak_mb(admitted.workloads[name], case.device),
         )

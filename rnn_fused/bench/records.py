@@ -64,6 +64,7 @@ class Row:
     us_per_step: float  # of the median call, a timestep
     recurrence_ms: float | None = None  # p50 less the product of the input, timed alone
     peak_mb: float | None = None  # device memory of a call, beyond its arguments
+    share: float | None = None  # gflops over those of a large product of torch's, in turns with it
 
     @property
     def problem(self) -> str:

@@ -32,14 +32,15 @@ def _ratio(value: float | None) -> str:
 
 
 def grid_table(rows: Iterable[Row]) -> Any:
-    """One line a case: times, and how many times as fast as torch.nn everyone is; beside the naive
-    loop, how many times as fast rnn_fused is. "-": not run, see what was said before."""
+    """One line a case: times, the share of the rate of a large product, and how many times as fast
+    as torch.nn everyone is; beside the naive loop, how many times as fast rnn_fused is. "-": not
+    run, see what was said before."""
     rows = list(rows)
     cases: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
         cases.setdefault((row.dtype, row.pass_, row.problem), {})[row.provider] = row
     others = [p for p in dict.fromkeys(r.provider for r in rows) if p not in KNOWN]
-    columns = ["problem", "torch.nn ms", "rnn_fused ms", "us a step", "GFLOP/s", "ratio"]
+    columns = ["problem", "torch.nn ms", "rnn_fused ms", "us a step", "GFLOP/s", "share", "ratio"]
     columns += [name.removeprefix("rnn_fused ") for name in others] + ["to naive"]
     table = _table("How many times as fast as torch.nn: ratio, and the others' columns", columns)
     last = ""
@@ -55,6 +56,7 @@ def grid_table(rows: Iterable[Row]) -> Any:
             f"{fused.p50_ms:.3f}" if fused else "-",
             f"{fused.us_per_step:.2f}" if fused else "-",
             f"{fused.gflops:.1f}" if fused else "-",
+            f"{fused.share:.0%}" if fused and fused.share is not None else "-",
             _ratio(fused.ratio if fused else None),
             *(_ratio(by[name].ratio if name in by else None) for name in others),
             _ratio(naive.p50_ms / fused.p50_ms if naive and fused else None),

@@ -251,6 +251,20 @@ def input_product(case: Case) -> Callable[[], None]:
     return call
 
 
+def large_product(case: Case) -> tuple[Callable[[], None], float]:
+    """A product of square matrices, large enough for torch's library to reach its best on a few
+    cores or a GPU, and its multiplications and additions."""
+    size = 1024 if case.device.type == "cpu" else 8192
+    options: dict[str, Any] = {"device": case.device, "dtype": case.dtype}
+    left, right, out = (torch.randn(size, size, **options) for _ in range(3))
+
+    def call() -> None:
+        with torch.inference_mode(), _products_as_in_layers(case):
+            torch.mm(left, right, out=out)
+
+    return call, 2.0 * size**3
+
+
 @contextmanager
 def _products_as_in_layers(case: Case) -> Iterator[None]:
     """TF32 where layers may use it: torch's default for products outside of them is exact."""
