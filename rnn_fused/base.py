@@ -359,28 +359,29 @@ class FusedRNNBase(RNNBase):
         elif resets is not None and self.learn_initial_state:
             reset_states = self._initial_states(sequence, sizes)
 
-        initial = [state.chunk(len(weights)) for state in states]
-        after_reset = [state.chunk(len(weights)) for state in reset_states or ()]
+        cell, options = self.mode.lower(), self._cell_options()
+        initial = _by_layer(states, len(weights))
+        after_reset = _by_layer(reset_states, len(weights))
         final: list[tuple[Tensor, ...]] = []
         layers: list[tuple[Tensor, ...]] = []
         for layer, layer_weights in enumerate(weights):
             if layer > 0:
                 sequence = F.dropout(sequence, self.dropout, self.training)
-            hx, *cx = (state[layer] for state in initial)
-            reset_hx, reset_cx, *_ = (*(state[layer] for state in after_reset), None, None)
+            hx, cx = initial[layer]
+            reset_hx, reset_cx = after_reset[layer]
             sequence, h_n, c_n, cells = ops.layer(
                 sequence,
                 hx,
-                cx[0] if cx else None,
+                cx,
                 layer_weights,
-                cell=self.mode.lower(),
+                cell=cell,
                 batch_sizes=batch_sizes,
                 lengths=lengths,
                 resets=resets,
                 reset_hx=reset_hx,
                 reset_cx=reset_cx,
-                options=self._cell_options(),
-                all_cells=all_states and bool(cx),
+                options=options,
+                all_cells=all_states and cell == "lstm",
                 recompute=self.save == "recompute",
                 packed=None if self._packed is None else self._packed[layer],
             )
@@ -398,7 +399,14 @@ class FusedRNNBase(RNNBase):
         # A compiler traces the function itself, and warns of a cache.
         find = _weight_names if torch.compiler.is_compiling() else _cached_weight_names
         names = find(layer, self.bidirectional, self.bias, self.proj_size > 0)
-        return LayerWeights(*[tuple([getattr(self, name) for name in field]) for field in names])
+        # By attribute, but looked for first where it mostly is: `getattr` looks there last.
+        here = {} if torch.compiler.is_compiling() else self._parameters
+        return LayerWeights(
+            *[
+                tuple([here[name] if name in here else getattr(self, name) for name in field])
+                for field in names
+            ]
+        )
 
     def _initial_states(
         self, sequence: Tensor, sizes: tuple[tuple[int, int, int], ...]
@@ -498,6 +506,14 @@ def _check_options(options: dict[str, Any], mode: str, batch_first: bool) -> Non
         raise ValueError(f"cell_clip needs the c of an LSTM, not {kind}, got {value}")
     if options["save"] not in ("gates", "recompute"):
         raise ValueError(f"save must be 'gates' or 'recompute', got {options['save']!r}")
+
+
+def _by_layer(states: tuple[Tensor, ...] | None, layers: int) -> list[Any]:
+    """(hx, cx) of each layer, None where absent; states: of all layers."""
+    if states is None:
+        return [(None, None)] * layers
+    parts = [(state,) if layers == 1 else state.chunk(layers) for state in states]
+    return [*zip(parts[0], parts[1] if len(parts) == 2 else [None] * layers, strict=True)]
 
 
 def _weight_names(
