@@ -81,7 +81,7 @@ class LayerForward(Function):
         ctx.call, _, _, sizes, resets, *primals = inputs
         output, _, c_n, gates, cells = outputs
         ctx.save_for_backward(sizes, resets, output, gates, cells, *primals)
-        absent = [c_n, cells] if primals[2] is None else [cells] if cells.dim() == 1 else []
+        absent = [x for x in (c_n, cells) if x.dim() == 1]
         ctx.mark_non_differentiable(gates, *absent)
         ctx.set_materialize_grads(False)
 
@@ -230,7 +230,7 @@ def _reference(
     resets: Tensor | None,
     all_cells: bool,
     input: Tensor,
-    hx: Tensor,
+    hx: Tensor | None,
     cx: Tensor | None,
     reset_hx: Tensor | None,
     reset_cx: Tensor | None,
@@ -329,7 +329,7 @@ def _fold_samples(
     dims: Sequence[int | None],
     how: Sequence[Any],
     input: Tensor,
-    hx: Tensor,
+    hx: Tensor | None,
     cx: Tensor | None,
     slots: Slots,
 ) -> tuple[Any, Any]:

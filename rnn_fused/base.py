@@ -350,10 +350,10 @@ class FusedRNNBase(RNNBase):
         weights = [self._layer_weights(layer) for layer in range(self.num_layers)]
         self._check_sequence(sequence, batch_sizes, weights[0].weight_ih[0])
         sizes = self._state_sizes(batch)
-        if states is None:
-            states = self._initial_states(sequence, sizes)
-        else:
+        if states is not None:
             self._check_states(states, sizes)
+        elif batch_sizes is not None or self.learn_initial_state:
+            states = self._initial_states(sequence, sizes)
         if reset_states is not None:
             self._check_states(reset_states, sizes, "reset_state")
         elif resets is not None and self.learn_initial_state:
@@ -400,7 +400,7 @@ class FusedRNNBase(RNNBase):
         find = _weight_names if torch.compiler.is_compiling() else _cached_weight_names
         names = find(layer, self.bidirectional, self.bias, self.proj_size > 0)
         # By attribute, but looked for first where it mostly is: `getattr` looks there last.
-        here = {} if torch.compiler.is_compiling() else self._parameters
+        here: dict[str, Any] = {} if torch.compiler.is_compiling() else self._parameters
         return LayerWeights(
             *[
                 tuple([here[name] if name in here else getattr(self, name) for name in field])

@@ -54,9 +54,6 @@ class FusedCellBase(RNNCellBase):
                     f"hidden{index} has inconsistent hidden_size: "
                     f"got {state.size(1)}, expected {self.hidden_size}"
                 )
-        if not states:
-            count = 2 if cell == "lstm" else 1
-            states = (input.new_zeros(batch, self.hidden_size),) * count
 
         weights = self._weights()
         device = input.device.type
@@ -75,8 +72,8 @@ class FusedCellBase(RNNCellBase):
         # A layer of one direction over one step: T = D = 1. The kernels want H > 0, torch.nn's
         # cells do not.
         layer = ops.layer if self.hidden_size > 0 else reference.layer
-        h, *c = (state.unsqueeze(0) for state in states)
-        _, h_n, c_n, _ = layer(input.unsqueeze(0), h, c[0] if c else None, weights, cell=cell)
+        hx, cx, *_ = (*(state.unsqueeze(0) for state in states), None, None)
+        _, h_n, c_n, _ = layer(input.unsqueeze(0), hx, cx, weights, cell=cell)
         return tuple(state.squeeze(0) for state in (h_n, c_n) if state is not None)
 
     def _weights(self) -> LayerWeights:

@@ -67,7 +67,7 @@ def run(op: Callable[..., Any], *args: Any) -> Any:
 @torch.library.register_fake("rnn_fused::layer_forward")
 def _fake_forward(
     input: Tensor,
-    hx: Tensor,
+    hx: Tensor | None,
     cx: Tensor | None,
     reset_hx: Tensor | None,
     reset_cx: Tensor | None,
@@ -95,7 +95,17 @@ def _fake_forward(
             raise RuntimeError(f"[{cell}] all tensors must be on one device, got {devices}")
     directions = len(weight_ih)
     hidden = weight_ih[0].shape[0] // GATES[cell]
-    output = input.new_empty(*input.shape[:-1], directions * hx.shape[-1])
+    if hx is None:
+        # The kernels check this as well.
+        if sizes is not None and input.dim() == 2:
+            raise RuntimeError(f"[{cell}] hx must be given with batch_sizes, which do not tell B")
+        state = directions, input.shape[1]
+        h_n = input.new_empty(*state, weight_hr[0].shape[0] if weight_hr else hidden)
+        c_n = input.new_empty(*state, hidden) if cell == "lstm" else input.new_empty(0)
+    else:
+        h_n = hx.new_empty(hx.shape)
+        c_n = input.new_empty(0) if cx is None else cx.new_empty(cx.shape)
+    output = input.new_empty(*input.shape[:-1], directions * h_n.shape[-1])
     if sizes is not None and input.dim() == 3:
         raise RuntimeError(f"[{cell}] how much is saved of a padded batch depends on its lengths")
     rows = input.shape[0] if sizes is not None else input.shape[0] * input.shape[1]
@@ -104,8 +114,7 @@ def _fake_forward(
         gates = input.new_empty(directions, rows, 4, hidden)
     if save_cells and cell == "lstm":
         cells = cells.new_empty(directions, rows, hidden)
-    c_n = input.new_empty(0) if cx is None else cx.new_empty(cx.shape)
-    return output, hx.new_empty(hx.shape), c_n, gates, cells
+    return output, h_n, c_n, gates, cells
 
 
 @torch.library.register_fake("rnn_fused::layer_backward_")
@@ -116,7 +125,7 @@ def _fake_backward(
     grad_c_n: Tensor | None,
     grad_cells: Tensor | None,
     input: Tensor,
-    hx: Tensor,
+    hx: Tensor | None,
     cx: Tensor | None,
     reset_hx: Tensor | None,
     reset_cx: Tensor | None,

@@ -20,7 +20,7 @@ __all__ = ["CellOptions", "LayerOutputs", "LayerWeights", "layer"]
 
 def layer(
     input: Tensor,
-    hx: Tensor,
+    hx: Tensor | None,
     cx: Tensor | None,
     weights: LayerWeights,
     *,
@@ -70,6 +70,9 @@ def layer(
         raise RuntimeError(
             f"[{cell}] packed input must have 2 dimensions [N, I], got {input.dim()}"
         )
+    if hx is None and (batch_sizes is not None or cx is not None):
+        given = "batch_sizes" if cx is None else "cx"
+        raise RuntimeError(f"[{cell}] hx must be given with {given}")
     if resets is None and (reset_hx is not None or reset_cx is not None):
         raise RuntimeError(f"[{cell}] reset_hx and reset_cx need resets, got none")
     wants_reset_cx = reset_hx is not None and cell == "lstm"
@@ -125,12 +128,12 @@ def layer(
     elif packed is not None and not all_cells and host_knows(input):
         arguments = *primals, *weights, sizes, resets, cell, *options[:2], packed
         output, h_n, c_n = library.run(library.layer_infer, *arguments)
-        return LayerOutputs(output, h_n, None if cx is None else c_n, None)
+        return LayerOutputs(output, h_n, c_n if cell == "lstm" else None, None)
     else:
         arguments = *primals, *weights, sizes, resets, *call.arguments, *save
         run = library.layer_forward if compiling else partial(library.run, library.layer_forward)
         output, h_n, c_n, _, cells = run(*arguments)
-    if cx is None:
+    if cell != "lstm":
         return LayerOutputs(output, h_n, None, None)
     if not all_cells:
         return LayerOutputs(output, h_n, c_n, None)
@@ -195,13 +198,15 @@ def _autocast(
 
 def _torch_layer(
     input: Tensor,
-    hx: Tensor,
+    hx: Tensor | None,
     cx: Tensor | None,
     weights: LayerWeights,
     cell: str,
     batch_sizes: Tensor | None,
 ) -> LayerOutputs:
     """torch's own op: cuDNN's, or for the devices that have no fused kernels."""
+    if hx is None:
+        hx, cx, *_ = (*reference.zero_states(input, weights, cell), None)
     hx, cx = hx.contiguous(), None if cx is None else cx.contiguous()  # cuDNN asks for it
     bidirectional = len(weights.weight_ih) == 2
     flat = [field[d] for d in range(1 + bidirectional) for field in weights if field]

@@ -134,7 +134,7 @@ STEPS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 
 def layer(
     input: Tensor,
-    hx: Tensor,
+    hx: Tensor | None,
     cx: Tensor | None,
     weights: LayerWeights,
     *,
@@ -150,8 +150,8 @@ def layer(
 
     Args:
         input: [T, B, I], or packed [N, I] where `batch_sizes` is given.
-        hx: initial h, [D, B, P].
-        cx: initial c, [D, B, H], for the LSTM; else None.
+        hx: initial h, [D, B, P]; of [T, B, I] also None, for zeros.
+        cx: initial c, [D, B, H], of an LSTM that is given hx; else None.
         weights: of D directions; the second one runs backwards in time.
         cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
         batch_sizes: int64 [T], non-increasing, as in `torch.nn.utils.rnn.PackedSequence`. Each
@@ -168,7 +168,8 @@ def layer(
         options: of the cell.
         all_cells: whether to return the c of every step, of an LSTM.
     """
-    states = (hx,) if cx is None else (hx, cx)
+    given = tuple(state for state in (hx, cx) if state is not None)
+    states = given or zero_states(input, weights, cell)
     if reset_hx is None:
         reset_states = tuple(torch.zeros_like(state) for state in states)
     else:
@@ -204,7 +205,7 @@ def layer(
             grad_clip_value=options.grad_clip_value,
         )
         outputs.append(join([h for h, *_ in states_after]))
-        if all_cells and cx is not None:
+        if all_cells and cell == "lstm":
             cells.append(join([c for _, c in states_after]))
         finals.append(final)
     h_n, *c_n = (torch.stack(final) for final in zip(*finals, strict=True))
@@ -214,6 +215,14 @@ def layer(
         c_n=c_n[0] if c_n else None,
         cells=torch.cat(cells, -1) if cells else None,
     )
+
+
+def zero_states(input: Tensor, weights: LayerWeights, cell: str) -> tuple[Tensor, ...]:
+    """(hx,), of an LSTM (hx, cx), with which a layer over [T, B, I] begins that is given none."""
+    D, B = len(weights.weight_hh), input.shape[1]
+    GH, P = weights.weight_hh[0].shape
+    widths = (P, GH // 4) if cell == "lstm" else (P,)
+    return tuple(input.new_zeros(D, B, width) for width in widths)
 
 
 def _scan(

@@ -35,7 +35,7 @@ class Problem:
     """The arguments of `layer`."""
 
     input: Tensor
-    hx: Tensor
+    hx: Tensor | None
     cx: Tensor | None
     weights: LayerWeights
     cell: str
@@ -80,7 +80,7 @@ class Problem:
         moved = self.map(lambda x: x.detach().to(*args).requires_grad_(x.requires_grad))
         if self.resets is None:
             return moved
-        return replace(moved, resets=self.resets.to(moved.hx.device))
+        return replace(moved, resets=self.resets.to(moved.input.device))
 
     def run(self, layer: Layer) -> tuple[Tensor, ...]:
         """The layer's outputs, those that there are."""
@@ -106,7 +106,7 @@ class Problem:
         def function(*tensors: Tensor) -> tuple[Tensor, ...]:
             arguments = self.with_tensors(tensors).op_arguments
             outputs = library.layer_forward(*arguments, True, True)
-            return outputs[: 2 if self.cx is None else 3]
+            return outputs[: 3 if self.cell == "lstm" else 2]
 
         return function
 
@@ -125,6 +125,7 @@ def problem(
     directions: int = 1,
     bias: bool = True,
     projection: int = 0,
+    state: bool = True,
     lengths: Sequence[int] | None = None,
     resets: float | None = None,
     reset_state: bool = False,
@@ -161,8 +162,8 @@ def problem(
         batch_sizes = torch.tensor([sum(n > t for n in lengths) for t in range(lengths[0])])
     return Problem(
         input=random(*rows, I),
-        hx=random(directions, B, P),
-        cx=random(directions, B, H) if cell == "lstm" else None,
+        hx=random(directions, B, P) if state else None,
+        cx=random(directions, B, H) if state and cell == "lstm" else None,
         weights=LayerWeights(**fields),
         cell=cell,
         batch_sizes=batch_sizes,

@@ -40,6 +40,22 @@ def test_gradcheck(kind: str, lengths: tuple[int, ...] | None, directions: int) 
     )
 
 
+@each_kind
+def test_without_a_state(kind: str) -> None:
+    case = small(kind, state=False, directions=2)
+    for function in (case.function(ops.layer), case.op_function()):
+        assert gradcheck(function, case.tensors, fast_mode=True)
+        assert gradgradcheck(function, case.tensors, fast_mode=True)
+    case = case.map(Tensor.detach)
+    tensors, every = case.tensors, tuple(range(len(case.tensors)))
+    inputs = torch.stack([case.input, -case.input])
+    dims = (0, *(None,) * (len(tensors) - 1))
+    assert_same(lambda layer: hessian(case.loss(layer), (0, len(tensors) - 1))(*tensors))
+    assert_same(lambda layer: jvp(case.function(layer), tensors, tensors))
+    assert_same(lambda layer: vmap(case.function(layer), dims)(inputs, *tensors[1:]))
+    assert_same(lambda f: vmap(grad(case.loss(f), every), dims)(inputs, *tensors[1:]))
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_gradcheck_of_every_element(cell: str) -> None:
     case = small(cell, T=2, H=2)

@@ -151,34 +151,39 @@ def test_make_fx() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "lengths"),
-    [("lstm_proj", None), ("lstm", (3, 2)), ("gru", None), ("rnn_relu", (2, 2))],
+    ("kind", "layout"),
+    [
+        ("lstm_proj", {}),
+        ("lstm_proj", {"state": False}),
+        ("lstm", {"lengths": (3, 2)}),
+        ("gru", {}),
+        ("rnn_relu", {"lengths": (2, 2)}),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_opcheck_of_the_forward(
-    kind: str, lengths: tuple[int, ...] | None, dtype: torch.dtype
-) -> None:
-    case = problem(**KINDS[kind], lengths=lengths, directions=2, dtype=dtype)
+def test_opcheck_of_the_forward(kind: str, layout: dict[str, Any], dtype: torch.dtype) -> None:
+    case = problem(**KINDS[kind], **layout, directions=2, dtype=dtype)
     tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype is torch.bfloat16 else {}
     arguments = *case.op_arguments, True, True
     torch.library.opcheck(library.layer_forward, arguments, **tolerance)
 
 
 @pytest.mark.parametrize(
-    ("kind", "lengths", "needs"),
+    ("kind", "layout", "needs"),
     [
-        ("lstm", None, (True, True, True)),
-        ("lstm_proj", (3, 2), (False, True, False)),
-        ("gru", (3, 2), (True, False, True)),
-        ("rnn_tanh", None, (False, False, True)),
+        ("lstm", {}, (True, True, True)),
+        ("lstm", {"state": False}, (True, True, True)),
+        ("lstm_proj", {"lengths": (3, 2)}, (False, True, False)),
+        ("gru", {"lengths": (3, 2)}, (True, False, True)),
+        ("rnn_tanh", {}, (False, False, True)),
     ],
 )
 def test_opcheck_of_the_backward(
-    kind: str, lengths: tuple[int, ...] | None, needs: tuple[bool, ...]
+    kind: str, layout: dict[str, Any], needs: tuple[bool, ...]
 ) -> None:
     # torch 2.11 cannot trace a second derivative, and that of packed input takes a while.
-    second = lengths is None and not torch.__version__.startswith("2.11.")
-    options = {"lengths": lengths, "requires_grad": second}
+    second = "lengths" not in layout and not torch.__version__.startswith("2.11.")
+    options = {**layout, "requires_grad": second}
     case = problem(**KINDS[kind], **options, directions=2, dtype=torch.float32)
     with torch.no_grad():
         output, h_n, c_n, *saved = library.layer_forward(*case.op_arguments, True, True)

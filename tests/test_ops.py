@@ -134,6 +134,21 @@ def test_empty_batch(kind: str, device: str) -> None:
 
 
 @each_kind
+def test_without_a_state_it_begins_with_zeros(kind: str, device: str) -> None:
+    case = problem(**KINDS[kind], directions=2, resets=0.3, device=device)
+    absent = replace(case, hx=None, cx=None)
+    states = {name: getattr(case, name) for name in ("hx", "cx")}
+    zeros = {name: None if s is None else torch.zeros_like(s) for name, s in states.items()}
+
+    def run(case: Problem) -> list[Tensor]:
+        outputs = case.run(ops.layer)
+        loss = sum(o.square().sum() for o in outputs)
+        return [*outputs, *torch.autograd.grad(loss, absent.tensors)]
+
+    torch.testing.assert_close(run(absent), run(replace(case, **zeros)), rtol=0, atol=0)
+
+
+@each_kind
 @each_layout
 def test_equal_lengths_make_a_dense_batch(
     kind: str, lengths: tuple[int, ...] | None, device: str
@@ -316,6 +331,11 @@ MISTAKES = {
     "hx": (lambda p: replace(p, hx=torch.ones(1, 5, 4)), r"hx .*\[1, 2, 4\], got \[1, 5, 4\]"),
     "cx": (lambda p: replace(p, cx=torch.ones(1, 2, 5)), r"cx .*\[1, 2, 4\], got \[1, 2, 5\]"),
     "no_cx": (lambda p: replace(p, cx=None), "cx must be given"),
+    "no_hx": (lambda p: replace(p, hx=None), "hx must be given with cx"),
+    "packed_without_hx": (
+        lambda p: replace(p, input=p.input[0], hx=None, cx=None, batch_sizes=torch.tensor([2])),
+        "hx must be given with batch_sizes",
+    ),
     "weight_ih": (
         lambda p: swap(p, weight_ih=torch.ones(16, 7)),
         r"\[lstm\] weight_ih must have shape \[G\*H, I\] = \[16, 3\], got \[16, 7\]",
@@ -348,6 +368,22 @@ def test_mistakes(mistake: str) -> None:
         case.run(ops.layer)
 
 
+@pytest.mark.own_ops
+@pytest.mark.parametrize(
+    ("mistake", "device", "message"),
+    [
+        ("no_hx", "cpu", "cx must be absent where hx is"),
+        ("packed_without_hx", "cpu", "hx must be given with batch_sizes"),
+        ("packed_without_hx", "meta", "hx must be given with batch_sizes"),
+    ],
+)
+def test_the_op_checks_for_the_state(mistake: str, device: str, message: str) -> None:
+    change, _ = MISTAKES[mistake]
+    case = change(problem("lstm", dtype=torch.float32, requires_grad=False)).to(device)
+    with pytest.raises(RuntimeError, match=message):
+        library.layer_forward(*case.op_arguments, False, False)
+
+
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_autocast(kind: str, dtype: torch.dtype, device: str) -> None:
@@ -370,9 +406,11 @@ def test_autocast_leaves_float64(device: str) -> None:
 
 @pytest.mark.own_ops
 @each_kind
-@each_layout
-def test_meta_tensors(kind: str, lengths: tuple[int, ...] | None) -> None:
-    case = problem(**KINDS[kind], lengths=lengths, directions=2)
+@pytest.mark.parametrize(
+    "layout", [{}, {"lengths": (3, 2, 2)}, {"state": False}], ids=["dense", "packed", "no_state"]
+)
+def test_meta_tensors(kind: str, layout: dict[str, Any]) -> None:
+    case = problem(**KINDS[kind], **layout, directions=2)
     real = values_and_gradients(case, ops.layer)
     meta = values_and_gradients(case.to("meta"), ops.layer)
     assert {k: v.shape for k, v in meta.items()} == {k: v.shape for k, v in real.items()}

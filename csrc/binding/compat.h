@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -93,7 +94,10 @@ inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes,
 inline Tensor allocate_zeros(const Tensor& like, const std::vector<int64_t>& sizes,
                              std::optional<ScalarType> dtype = std::nullopt) {
   Tensor tensor = allocate(like, sizes, dtype);
-  return torch::stable::zero_(tensor);
+  constexpr int64_t kSmall = 1 << 15;  // of values: up to here, torch has one thread zero them too
+  if (!tensor.is_cpu() || tensor.numel() > kSmall) return torch::stable::zero_(tensor);
+  std::memset(tensor.mutable_data_ptr(), 0, tensor.numel() * tensor.element_size());
+  return tensor;
 }
 
 // Part of a tensor's storage, `offset` elements from its first.

@@ -84,7 +84,7 @@ struct Layer {
   std::vector<int64_t> active, order;  // padded: counted and sorted here
   Tensor device_row_start;             // [T + 1], where batch_sizes are on the device
 
-  Layer(const Tensor& input_, const Tensor& hx_, const OptionalTensor& cx_,
+  Layer(const Tensor& input_, const OptionalTensor& hx_, const OptionalTensor& cx_,
         const OptionalTensor& reset_hx_, const OptionalTensor& reset_cx_, const Tensors& weight_ih_,
         const Tensors& weight_hh_, const Tensors& bias_ih_, const Tensors& bias_hh_,
         const Tensors& weight_hr_, const OptionalTensor& sizes, const OptionalTensor& resets_,
@@ -99,10 +99,11 @@ struct Layer {
                     D);
     shape.directions = static_cast<int>(D);
     read_rows(input_, sizes);
-    RNN_FUSED_CHECK(hx_.dim() == 3, "[", name, "] hx must have 3 dimensions [D, B, P], got ",
-                    hx_.dim());
-    shape.P = hx_.size(2);
-    if (batch_sizes) read_batch(hx_.size(1));
+    RNN_FUSED_CHECK(hx_ || !batch_sizes, "[", name,
+                    "] hx must be given with batch_sizes, which do not tell B");
+    RNN_FUSED_CHECK(!hx_ || hx_->dim() == 3, "[", name,
+                    "] hx must have 3 dimensions [D, B, P], got ", hx_ ? hx_->dim() : 0);
+    if (batch_sizes) read_batch(hx_->size(1));
     RNN_FUSED_CHECK(!weight_hh_.empty() && weight_hh_[0].dim() == 2, "[", name,
                     "] weight_hh must hold a matrix [G*H, P] per direction");
     const int64_t G = gate_count(shape.cell);
@@ -110,6 +111,12 @@ struct Layer {
     RNN_FUSED_CHECK(shape.H >= 1, "[", name, "] hidden size must be at least 1, got weight_hh ",
                     shape_string(weight_hh_[0].sizes()));
     const bool lstm = shape.cell == Cell::lstm;
+    if (hx_)
+      shape.P = hx_->size(2);
+    else if (weight_hr_.empty())
+      shape.P = shape.H;
+    else
+      shape.P = weight_hr_[0].dim() == 2 ? weight_hr_[0].size(0) : 0;
     RNN_FUSED_CHECK(!shape.projected() || (lstm && !weight_hr_.empty()), "[", name,
                     "] hx must have size H = ", shape.H, " in its last dimension, got ", shape.P);
     RNN_FUSED_CHECK(
@@ -119,11 +126,13 @@ struct Layer {
     RNN_FUSED_CHECK(bias_ih_.size() == bias_hh_.size(), "[", name,
                     "] bias_ih and bias_hh must be given both or neither, got ", bias_ih_.size(),
                     " and ", bias_hh_.size(), " tensors");
-    RNN_FUSED_CHECK(cx_.has_value() == lstm, "[", name, "] cx must be ", lstm ? "given" : "absent");
+    RNN_FUSED_CHECK(cx_.has_value() == (lstm && hx_), "[", name, "] cx must be ",
+                    lstm && hx_ ? "given" : "absent", hx_ ? "" : " where hx is");
 
     input = checked(input_, "input", input_.sizes(), "");
-    hx = checked(hx_, "hx", {D, shape.B, shape.P}, "[D, B, P]");
-    if (lstm) cx = checked(*cx_, "cx", {D, shape.B, shape.H}, "[D, B, H]");
+    hx = state(hx_, "hx", shape.P, "[D, B, P]");
+    // Both zero, they are one, since nothing writes to them.
+    if (lstm) cx = hx_ || shape.projected() ? state(cx_, "cx", shape.H, "[D, B, H]") : hx;
     const auto list = [&](const Tensors& tensors, const char* what, std::vector<int64_t> sizes,
                           const char* dims, bool optional) {
       RNN_FUSED_CHECK(static_cast<int64_t>(tensors.size()) == D || (optional && tensors.empty()),
@@ -203,6 +212,13 @@ struct Layer {
   }
 
  private:
+  // [D, B, size], zero where none is given.
+  Tensor state(const OptionalTensor& t, const char* what, int64_t size, const char* dims) const {
+    const std::vector<int64_t> sizes = {D(), shape.B, size};
+    if (t) return checked(*t, what, sizes, dims);
+    return allocate_zeros(input, sizes);
+  }
+
   void read_resets(const OptionalTensor& flags, const OptionalTensor& h, const OptionalTensor& c) {
     RNN_FUSED_CHECK(flags || (!h && !c), "[", name,
                     "] reset_hx and reset_cx need resets, got none");
@@ -216,12 +232,6 @@ struct Layer {
         shape_string(flags->sizes()));
     resets = padded ? packed_flags(as_contiguous(*flags)) : as_contiguous(*flags);
     shape.resets = static_cast<const bool*>(resets->const_data_ptr());
-    const auto state = [&](const OptionalTensor& t, const char* what, int64_t size,
-                           const char* dims) {
-      const std::vector<int64_t> sizes = {D(), shape.B, size};
-      if (t) return checked(*t, what, sizes, dims);
-      return allocate_zeros(input, sizes);
-    };
     RNN_FUSED_CHECK(c.has_value() == (h.has_value() && lstm()), "[", name, "] reset_cx must be ",
                     h && lstm() ? "given with reset_hx" : "absent");
     reset_hx = state(h, "reset_hx", shape.P, "[D, B, P]");

@@ -40,9 +40,9 @@ ForwardTensors forward(const Layer& layer, const OptionalTensor& packed, bool sa
   return pass.results();
 }
 
-ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, OptionalTensor reset_hx,
-                             OptionalTensor reset_cx, Tensors weight_ih, Tensors weight_hh,
-                             Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
+ForwardTensors layer_forward(Tensor input, OptionalTensor hx, OptionalTensor cx,
+                             OptionalTensor reset_hx, OptionalTensor reset_cx, Tensors weight_ih,
+                             Tensors weight_hh, Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
                              OptionalTensor sizes, OptionalTensor resets, std::string cell,
                              double gate_slope, std::optional<double> cell_clip,
                              std::optional<double> grad_clip, std::string, bool allow_tf32,
@@ -60,7 +60,7 @@ int64_t packed_size(const Layer& layer) {
                           nullptr);
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_infer(Tensor input, Tensor hx, OptionalTensor cx,
+std::tuple<Tensor, Tensor, Tensor> layer_infer(Tensor input, OptionalTensor hx, OptionalTensor cx,
                                                OptionalTensor reset_hx, OptionalTensor reset_cx,
                                                Tensors weight_ih, Tensors weight_hh,
                                                Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
@@ -81,14 +81,8 @@ Tensor pack_weights(Tensors weight_ih, Tensors weight_hh, Tensors weight_hr, std
                   "] weight_ih must hold a matrix per direction");
   // A layer over nothing checks the rest.
   const Tensor& like = weight_ih[0];
-  RNN_FUSED_CHECK(!weight_hh.empty() && weight_hh[0].dim() == 2, "[", cell,
-                  "] weight_hh must hold a matrix [G*H, P] per direction");
-  const int64_t G = gate_count(parse_cell(cell)), P = weight_hh[0].size(1);
-  const Tensor input = allocate(like, {1, 0, like.size(1)}), hx = allocate(like, {D, 0, P});
-  const OptionalTensor cx = cell == "lstm"
-                                ? OptionalTensor(allocate(like, {D, 0, weight_hh[0].size(0) / G}))
-                                : OptionalTensor();
-  const Layer layer(input, hx, cx, {}, {}, weight_ih, weight_hh, {}, {}, weight_hr, {}, {}, cell, 1,
+  const Tensor input = allocate(like, {1, 0, like.size(1)});
+  const Layer layer(input, {}, {}, {}, {}, weight_ih, weight_hh, {}, {}, weight_hr, {}, {}, cell, 1,
                     {}, {});
   const LayerShape& s = layer.shape;
   Tensor packed = allocate(like, {D, packed_size(layer)});
@@ -220,7 +214,7 @@ void input_gradient(const Layer& layer, const BackwardPass& pass, const Window& 
 template <bool kOverwriteGates>
 BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h_n,
                                OptionalTensor grad_c_n, OptionalTensor grad_cells, Tensor input,
-                               Tensor hx, OptionalTensor cx, OptionalTensor reset_hx,
+                               OptionalTensor hx, OptionalTensor cx, OptionalTensor reset_hx,
                                OptionalTensor reset_cx, Tensors weight_ih, Tensors weight_hh,
                                Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
                                OptionalTensor sizes, OptionalTensor resets, std::string cell,
@@ -254,7 +248,8 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
   }
   if (need_input && layer.has_tail()) zero_known_tail(layer, grads.input, 1, layer.I);
   if (need_input && layer.padded) zero_padding(layer, grads.input, layer.I);
-  return grads.results(layer, pass, need_state, reset_hx.has_value());
+  return grads.results(layer, pass, need_state && hx.has_value(),
+                       need_state && reset_hx.has_value());
 }
 
 }  // namespace

@@ -171,9 +171,9 @@ class BackwardLoop {
   std::optional<DeviceRows> rows_;
 };
 
-ForwardTensors layer_forward(Tensor input, Tensor hx, OptionalTensor cx, OptionalTensor reset_hx,
-                             OptionalTensor reset_cx, Tensors weight_ih, Tensors weight_hh,
-                             Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
+ForwardTensors layer_forward(Tensor input, OptionalTensor hx, OptionalTensor cx,
+                             OptionalTensor reset_hx, OptionalTensor reset_cx, Tensors weight_ih,
+                             Tensors weight_hh, Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
                              OptionalTensor sizes, OptionalTensor resets, std::string cell,
                              double gate_slope, std::optional<double> cell_clip,
                              std::optional<double> grad_clip, std::string kernels, bool allow_tf32,
@@ -295,7 +295,7 @@ void weight_gradients(const Layer& layer, const BackwardPass& pass, const Window
 template <bool kOverwriteGates>
 BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h_n,
                                OptionalTensor grad_c_n, OptionalTensor grad_cells, Tensor input,
-                               Tensor hx, OptionalTensor cx, OptionalTensor reset_hx,
+                               OptionalTensor hx, OptionalTensor cx, OptionalTensor reset_hx,
                                OptionalTensor reset_cx, Tensors weight_ih, Tensors weight_hh,
                                Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
                                OptionalTensor sizes, OptionalTensor resets, std::string cell,
@@ -329,7 +329,8 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
     if (need_weights) weight_gradients(layer, pass, window, grads, device.stream);
   }
   if (need_input && layer.rows < layer.N) zero_known_tail(layer, grads.input, 1, layer.I);
-  return grads.results(layer, pass, need_state, reset_hx.has_value());
+  return grads.results(layer, pass, need_state && hx.has_value(),
+                       need_state && reset_hx.has_value());
 }
 
 #ifndef RNN_FUSED_EMULATION

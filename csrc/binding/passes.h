@@ -288,16 +288,15 @@ struct Gradients {
     }
   }
 
-  // The operator's results, of which the caller wants some; reset_state: it gave the reset state.
-  // No two of them share memory.
+  // The operator's results, of which the caller wants some. No two of them share memory.
   BackwardTensors results(const Layer& layer, const BackwardPass& pass, bool need_state,
-                          bool reset_state) const {
+                          bool need_reset_state) const {
     const auto given = [&](bool needed, const Tensor& grad) {
       return needed ? grad : layer.allocate_if(false, {});
     };
     const auto rounded = [&](const OptionalTensor& sums) {
-      return sums && need_state && reset_state ? torch::stable::to(*sums, dtype_)
-                                               : layer.allocate_if(false, {});
+      return sums && need_reset_state ? torch::stable::to(*sums, dtype_)
+                                      : layer.allocate_if(false, {});
     };
     return {input,
             given(need_state, pass.grad_hx),

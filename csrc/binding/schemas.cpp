@@ -5,7 +5,7 @@
 
 #define RNN_FUSED_BACKWARD_SCHEMA(name, gates)                                           \
   name "(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, "  \
-       "Tensor input, Tensor hx, Tensor? cx, Tensor? reset_hx, Tensor? reset_cx, "       \
+       "Tensor input, Tensor? hx, Tensor? cx, Tensor? reset_hx, Tensor? reset_cx, "      \
        "Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, "    \
        "Tensor[] weight_hr, Tensor? sizes, Tensor? resets, str cell, float gate_slope, " \
        "float? cell_clip, float? grad_clip_value, str kernels, bool allow_tf32, Tensor " \
@@ -20,7 +20,7 @@ STABLE_TORCH_LIBRARY(rnn_fused_emulated, m) {
 STABLE_TORCH_LIBRARY(rnn_fused, m) {
 #endif
   // input [T, B, I] or packed [N, I]; hx [D, B, P]; cx [D, B, H]; weight_ih [G*H, I], weight_hh
-  // [G*H, P], bias_* [G*H], weight_hr [P, H].
+  // [G*H, P], bias_* [G*H], weight_hr [P, H]. Without hx and cx, [T, B, I] begins with zeros.
   // sizes: of packed input its batch_sizes [T], on the CPU or its own device. Of [T, B, I], on the
   // CPU only, the lengths [B] of its sequences: output and grad_input are zero behind their ends.
   // resets: bool [T, B] or packed [N]; after one the state is reset_hx and reset_cx, of the shapes
@@ -34,7 +34,7 @@ STABLE_TORCH_LIBRARY(rnn_fused, m) {
   // bfloat16 terms. No defaults: what register_autograd is given would depend on whether the caller
   // leaves them out.
   m.def(
-      "layer_forward(Tensor input, Tensor hx, Tensor? cx, Tensor? reset_hx, Tensor? reset_cx, "
+      "layer_forward(Tensor input, Tensor? hx, Tensor? cx, Tensor? reset_hx, Tensor? reset_cx, "
       "Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, "
       "Tensor[] weight_hr, Tensor? sizes, Tensor? resets, str cell, float gate_slope, "
       "float? cell_clip, float? grad_clip_value, str kernels, bool allow_tf32, bool save_gates, "
@@ -46,7 +46,7 @@ STABLE_TORCH_LIBRARY(rnn_fused, m) {
       "pack_weights(Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] weight_hr, str cell) -> "
       "Tensor");
   m.def(
-      "layer_infer(Tensor input, Tensor hx, Tensor? cx, Tensor? reset_hx, Tensor? reset_cx, "
+      "layer_infer(Tensor input, Tensor? hx, Tensor? cx, Tensor? reset_hx, Tensor? reset_cx, "
       "Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, "
       "Tensor[] weight_hr, Tensor? sizes, Tensor? resets, str cell, float gate_slope, "
       "float? cell_clip, Tensor packed) -> (Tensor output, Tensor h_n, Tensor c_n)");
