@@ -40,8 +40,9 @@ def flatten(fields: Sequence[Sequence[Any]]) -> list[Any]:
 
 def unflatten(slots: Slots) -> LayerWeights:
     D = len(slots) // FIELDS
-    fields = [tuple(slots[k : k + D]) for k in range(0, len(slots), D)]
-    return LayerWeights(*[() if field[0] is None else field for field in fields])  # type: ignore[arg-type]
+    firsts = range(0, len(slots), D)
+    fields: Any = [() if slots[k] is None else tuple(slots[k : k + D]) for k in firsts]
+    return LayerWeights(*fields)
 
 
 def forward_mode() -> bool:

@@ -261,14 +261,13 @@ class FusedRNNBase(RNNBase):
         else:
             batch = int(batch_sizes[0])
         if sorted_indices is not None:
-            sizes = self._state_sizes(batch)
             if states is not None:
                 # Indices would accept L*D > B sequences, as in torch.nn.
                 if self.batch_first_states:
-                    self._check_states(states, sizes)
+                    self._check_states(states, batch)
                 states = tuple(state.index_select(1, sorted_indices) for state in states)
             if reset_states is not None:
-                self._check_states(reset_states, sizes, "reset_state")
+                self._check_states(reset_states, batch, "reset_state")
                 reset_states = tuple(s.index_select(1, sorted_indices) for s in reset_states)
         output, states, layers = self._run(
             data, states, batch, batch_sizes, resets, reset_states, all_states
@@ -303,11 +302,10 @@ class FusedRNNBase(RNNBase):
         sequence = self._time_first(input)
         self._check_sequence(sequence, None, self.weight_ih_l0)  # type: ignore[arg-type]
         batch = sequence.size(1)
-        sizes = self._state_sizes(batch)
         if states is not None:
-            self._check_states(states, sizes)
+            self._check_states(states, batch)
         if reset_states is not None:
-            self._check_states(reset_states, sizes, "reset_state")
+            self._check_states(reset_states, batch, "reset_state")
         check_lengths(lengths, sequence.size(0), batch, type(self).__name__)
         if ops.takes_lengths(input, lengths):
             lengths = lengths.to(torch.int64, copy=True)  # the caller's may change before backward
@@ -349,15 +347,14 @@ class FusedRNNBase(RNNBase):
         """
         weights = [self._layer_weights(layer) for layer in range(self.num_layers)]
         self._check_sequence(sequence, batch_sizes, weights[0].weight_ih[0])
-        sizes = self._state_sizes(batch)
         if states is not None:
-            self._check_states(states, sizes)
+            self._check_states(states, batch)
         elif batch_sizes is not None or self.learn_initial_state:
-            states = self._initial_states(sequence, sizes)
+            states = self._initial_states(sequence, batch)
         if reset_states is not None:
-            self._check_states(reset_states, sizes, "reset_state")
+            self._check_states(reset_states, batch, "reset_state")
         elif resets is not None and self.learn_initial_state:
-            reset_states = self._initial_states(sequence, sizes)
+            reset_states = self._initial_states(sequence, batch)
 
         cell, options = self.mode.lower(), self._cell_options()
         initial = _by_layer(states, len(weights))
@@ -408,10 +405,9 @@ class FusedRNNBase(RNNBase):
             ]
         )
 
-    def _initial_states(
-        self, sequence: Tensor, sizes: tuple[tuple[int, int, int], ...]
-    ) -> tuple[Tensor, ...]:
+    def _initial_states(self, sequence: Tensor, batch: int) -> tuple[Tensor, ...]:
         """The states where none are given: the learned ones, else zeros."""
+        sizes = self._state_sizes(batch)
         if self.learn_initial_state:
             learned = (getattr(self, name) for name in INITIAL_STATES[: len(sizes)])
             return tuple(s.unsqueeze(1).expand(z) for s, z in zip(learned, sizes, strict=True))
@@ -472,10 +468,10 @@ class FusedRNNBase(RNNBase):
     def _check_states(
         self,
         states: tuple[Tensor, ...],
-        sizes: tuple[tuple[int, int, int], ...],
+        batch: int,
         what: str = "hidden",
     ) -> None:
-        for index, (state, size) in enumerate(zip(states, sizes, strict=True)):
+        for index, (state, size) in enumerate(zip(states, self._state_sizes(batch), strict=True)):
             if state.size() != size:
                 name = what if len(states) == 1 else f"{what}[{index}]"
                 got = list(state.size())

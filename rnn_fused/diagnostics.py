@@ -140,11 +140,11 @@ def _enter(
     else:
         sequence = sequence.transpose(0, 1) if module.batch_first else sequence
     module._check_sequence(sequence, None, module._layer_weights(0).weight_ih[0])
-    sizes = module._state_sizes(sequence.size(1))
+    batch = sequence.size(1)
     if states is None:
-        states = module._initial_states(sequence, sizes)
+        states = module._initial_states(sequence, batch)
     else:
-        module._check_states(states, sizes)
+        module._check_states(states, batch)
     return sequence, tuple(state.detach().requires_grad_() for state in states)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -118,21 +118,25 @@ def layer(
 
     sizes = batch_sizes if lengths is None else lengths
     primals = input, hx, cx, reset_hx, reset_cx
-    call = library.Call(cell, options, kernels, allow_tf32)
     training = torch.is_grad_enabled() and (transformed or _requires_grad(primals, weights))
     save = training and not recompute, training or all_cells
     if transformed or (training and not compiling):
+        call = library.Call(cell, options, kernels, allow_tf32)
         output, h_n, c_n, _, cells = apply(
             LayerForward, call, *save, sizes, resets, *primals, *flatten(weights)
         )
     elif packed is not None and not all_cells and host_knows(input):
-        arguments = *primals, *weights, sizes, resets, cell, *options[:2], packed
-        output, h_n, c_n = library.run(library.layer_infer, *arguments)
+        output, h_n, c_n = library.run(
+            library.layer_infer, *primals, *weights, sizes, resets, cell, *options[:2], packed
+        )
         return LayerOutputs(output, h_n, c_n if cell == "lstm" else None, None)
     else:
-        arguments = *primals, *weights, sizes, resets, *call.arguments, *save
-        run = library.layer_forward if compiling else partial(library.run, library.layer_forward)
-        output, h_n, c_n, _, cells = run(*arguments)
+        how = cell, *options, kernels, allow_tf32, *save
+        arguments = *primals, *weights, sizes, resets, *how
+        if compiling:
+            output, h_n, c_n, _, cells = library.layer_forward(*arguments)
+        else:
+            output, h_n, c_n, _, cells = library.run(library.layer_forward, *arguments)
     if cell != "lstm":
         return LayerOutputs(output, h_n, None, None)
     if not all_cells:
@@ -179,8 +183,8 @@ def _extras(
 
 
 def _requires_grad(primals: tuple[Tensor | None, ...], weights: LayerWeights) -> bool:
-    return any(x is not None and x.requires_grad for x in primals) or any(
-        w.requires_grad for field in weights for w in field
+    return any(w.requires_grad for field in weights for w in field) or any(
+        x is not None and x.requires_grad for x in primals
     )
 
 
