@@ -4,6 +4,7 @@
 
 #include "csrc/core/params.h"
 #include "csrc/cpu/pack.h"
+#include "csrc/cpu/plan.h"
 #include "csrc/cpu/workspace.h"
 
 namespace rnn_fused::RNN_FUSED_ISA {
@@ -18,6 +19,8 @@ template <class T, int kVectors, Layout kLayout>
 class Weights {
  public:
   static constexpr int kTile = kTileRows<T, kVectors>;
+  // Rows that no call packs weights for.
+  static constexpr int kMostInPlace = std::min(kTile, static_cast<int>(kRowsToRepayPacking) - 1);
   static constexpr int64_t kPanelWidth = kLanes<Acc<T>> * kVectors;
   // Output columns (or, for gates, hidden units) of a panel.
   static constexpr int64_t kColumns = kLayout == Layout::gates ? kLanes<Acc<T>> : kPanelWidth;
@@ -117,7 +120,7 @@ class Weights {
         const int64_t gate = kLayout == Layout::gates ? (c / kColumns + first_gate_) % kVectors : 0;
         Acc<T> sums[kTile];
         if (j < columns_)
-          dots<T, kTile>(height, a, lda, weight_ + (gate * columns_ + j) * K_, K_, sums);
+          dots<T, kMostInPlace>(height, a, lda, weight_ + (gate * columns_ + j) * K_, K_, sums);
         for (int i = 0; i < height; ++i)
           to.at(row + i, p)[c] = from.at(row + i, p)[c] + (j < columns_ ? sums[i] : Acc<T>{});
       }
