@@ -101,9 +101,13 @@ def allows_tf32() -> bool:
 
 @torch.compiler.assume_constant_result
 def allows_split() -> bool:
-    """Whether float32 products on the CPU may be those of bfloat16 terms:
-    `torch.get_float32_matmul_precision()`. A compiled graph keeps what held when it was compiled.
+    """Whether float32 products on the CPU may be those of bfloat16 terms: by
+    `torch.get_float32_matmul_precision()`, unless that of layers on the CPU says "ieee". Compilers
+    guard the former.
     """
+    layers = getattr(torch.backends.mkldnn, "rnn", None)
+    if getattr(layers, "fp32_precision", "none") == "ieee":
+        return False
     try:
         return torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # old and new settings mixed

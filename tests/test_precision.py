@@ -53,13 +53,12 @@ def test_products_are_exact_unless_torch_allows_less(which: str, save: Any) -> N
 
 
 def test_what_cannot_be_split_is_exact() -> None:
+    """Hidden sizes that 16 does not divide, and few rows."""
     torch.manual_seed(3)
-    module, x = rnn_fused.GRU(I, 50), torch.randn(9, 20, I)
-    exact, ours = (results(module, x, p)[:2] for p in ("highest", "high"))
-    torch.testing.assert_close(ours, exact, rtol=0, atol=0)
-    few, module = torch.randn(2, 3, I), rnn_fused.GRU(I, H)
-    exact, ours = (results(module, few, p)[:2] for p in ("highest", "high"))
-    torch.testing.assert_close(ours, exact, rtol=0, atol=0)
+    for hidden, rows in ((50, (9, 20)), (H, (1, 10))):
+        module, x = rnn_fused.GRU(I, hidden), torch.randn(*rows, I)
+        exact, ours = (results(module, x, p) for p in ("highest", "high"))
+        torch.testing.assert_close(ours, exact, rtol=0, atol=0)
 
 
 def test_frozen_layers_are_exact() -> None:
@@ -72,11 +71,23 @@ def test_frozen_layers_are_exact() -> None:
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 
-def test_compiled_code_keeps_the_setting() -> None:
-    torch.set_float32_matmul_precision("high")
+def test_compiled_code_follows_the_setting() -> None:
     module, x = rnn_fused.LSTM(I, H), torch.randn(9, 20, I)
     compiled = torch.compile(module, fullgraph=True, backend="eager")
-    torch.testing.assert_close(tensors(compiled(x)), tensors(module(x)), rtol=0, atol=0)
+    for precision in ("high", "highest"):
+        torch.set_float32_matmul_precision(precision)
+        torch.testing.assert_close(tensors(compiled(x)), tensors(module(x)), rtol=0, atol=0)
+
+
+def test_the_setting_of_layers_on_the_cpu_comes_first() -> None:
+    torch.set_float32_matmul_precision("high")
+    before = torch.backends.mkldnn.rnn.fp32_precision
+    torch.backends.mkldnn.rnn.fp32_precision = "ieee"
+    try:
+        assert not families.allows_split()
+    finally:
+        torch.backends.mkldnn.rnn.fp32_precision = before
+    assert families.allows_split()
 
 
 def test_mixed_settings_mean_exact(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ ForwardTensors layer_forward(Tensor input, OptionalTensor hx, OptionalTensor cx,
                              bool save_gates, bool save_cells) {
   Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr,
               sizes, resets, cell, gate_slope, cell_clip, grad_clip);
-  layer.shape.split = allow_tf32;
+  layer.shape.split = allow_tf32 && can_split(layer.shape);
   return forward(layer, std::nullopt, save_gates, save_cells);
 }
 
@@ -224,7 +224,7 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
                                bool need_state, bool need_weights) {
   Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr,
               sizes, resets, cell, gate_slope, cell_clip, grad_clip);
-  layer.shape.split = allow_tf32;
+  layer.shape.split = allow_tf32 && can_split(layer.shape);
   const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, grad_cells, output, gates, cells,
                           kOverwriteGates, true);
   const Gradients grads(layer, pass, need_input, need_weights);

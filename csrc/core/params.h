@@ -63,7 +63,8 @@ struct Options {
 };
 
 // float32 products may be those of two bfloat16 terms of each factor, x = high + low up to 2^-17 of
-// it: `split` in what follows. On the CPU only, where it multiplies these faster (split32.h).
+// it: `split` in what follows. Where can_split of the CPU's plan.h, not with weights that were
+// packed before, and taken as exact where that is no slower (split32.h).
 
 struct LayerShape {
   Cell cell;

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <utility>
 
 #include "csrc/cpu/simd.h"
@@ -82,10 +83,13 @@ inline void multiply_tiles() {
 inline void configure_tiles(const TileSizes& sizes) { asm volatile("ldtilecfg %0" : : "m"(sizes)); }
 inline void release_tiles() { asm volatile("tilerelease"); }
 
-// Rows are `stride` bytes apart.
+// Rows are `stride` bytes apart. (That it reads memory from `first` on is an operand: as a clobber
+// of all memory it would keep the loop's variables on the stack.)
 template <int kTile>
 inline void load_tile(const void* first, int64_t stride) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(first), "r"(stride), "i"(kTile) : "memory");
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2"
+               :
+               : "r"(first), "r"(stride), "i"(kTile), "m"(*static_cast<const char (*)[]>(first)));
 }
 
 template <int kTile>
@@ -101,6 +105,26 @@ inline void multiply_tiles() {
 
 #endif
 
+// For products of so many rows: tiles 0 to 3 hold sums, of up to 16 rows all four, of more two for
+// each half; 4 and 5 hold the left operand of the halves, 6 and 7 the right one.
+constexpr TileSizes sizes_for(int rows) {
+  TileSizes sizes;
+  const int halves = rows > 16 ? 2 : 1;
+  for (int tile = 0; tile < 8; ++tile) {
+    const int half = tile < 4 ? tile * halves / 4 : tile - 4;
+    sizes.row_bytes[tile] = 64;
+    sizes.rows[tile] = static_cast<uint8_t>(half >= halves ? 16
+                                            : half == 0    ? std::min(rows, 16)
+                                                           : rows - 16);
+  }
+  return sizes;
+}
+
+template <int... kRowsMinusOne>
+constexpr auto tables_of_sizes(std::integer_sequence<int, kRowsMinusOne...>) {
+  return std::array{sizes_for(kRowsMinusOne + 1)...};
+}
+
 // Around all products of a thread's share of the work: the sizes of the tiles do not outlive it.
 class TileScope {
  public:
@@ -112,21 +136,12 @@ class TileScope {
   TileScope(const TileScope&) = delete;
   TileScope& operator=(const TileScope&) = delete;
 
-  // For products of so many rows: tiles 0 to 3 hold sums, of up to 16 rows all four, of more two
-  // for each half; 4 and 5 hold the left operand of the halves, 6 and 7 the right one.
+  // Before a product of so many rows, up to 32.
   static void fit(int rows) {
+    static constexpr auto kSizes = tables_of_sizes(std::make_integer_sequence<int, 32>());
     if (rows == rows_) return;
     rows_ = rows;
-    TileSizes sizes;
-    const int halves = rows > 16 ? 2 : 1;
-    for (int tile = 0; tile < 8; ++tile) {
-      const int half = tile < 4 ? tile * halves / 4 : tile - 4;
-      sizes.row_bytes[tile] = 64;
-      sizes.rows[tile] = static_cast<uint8_t>(half >= halves ? 16
-                                              : half == 0    ? std::min(rows, 16)
-                                                             : rows - 16);
-    }
-    configure_tiles(sizes);
+    configure_tiles(kSizes[rows - 1]);
   }
 
  private:

@@ -13,15 +13,10 @@ Range timesteps(const BackwardParams& params, int d) { return params.timesteps(d
 bool packed(const ForwardParams& params) { return params.direction[0].packed != nullptr; }
 bool packed(const BackwardParams&) { return false; }
 
-// Operands of split products are whole runs of 16 numbers, of each gate, and their weights packed
-// for them.
-bool can_split(bool pack, int64_t H) { return pack && H % 16 == 0; }
-
 template <class Params>
-void run(Kernel<Params> kernel, Params params, const Host& host) {
+void run(Kernel<Params> kernel, const Params& params, const Host& host) {
   Plan plan = plan_layer(params, host.threads);
   plan.pack = plan.pack && !packed(params);
-  params.split = params.split && can_split(plan.pack, params.H);
   std::vector<Range> rows;
   for (int d = 0; d < params.directions; ++d) {
     const std::vector<Range> own = balanced_rows(params, timesteps(params, d), plan.row_parts);
@@ -51,13 +46,11 @@ void cpu_backward(Isa isa, const BackwardParams& params, const Host& host) {
   run<BackwardParams>(RNN_FUSED_KERNEL(backward), params, host);
 }
 
-void cpu_gates(Isa isa, GatesParams params, const Host& host) {
-  params.split = params.split && can_split(params.pack, params.H);
+void cpu_gates(Isa isa, const GatesParams& params, const Host& host) {
   RNN_FUSED_KERNEL(gates)(params, host);
 }
 
-void cpu_input_gradient(Isa isa, InputGradientParams params, const Host& host) {
-  params.split = params.split && params.N >= kRowsToRepayPacking;
+void cpu_input_gradient(Isa isa, const InputGradientParams& params, const Host& host) {
   RNN_FUSED_KERNEL(input_gradient)(params, host);
 }
 

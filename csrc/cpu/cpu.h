@@ -11,8 +11,8 @@ namespace rnn_fused {
 // T, B, N and H at least 1. Throws nothing but std::bad_alloc, before any output is written.
 void cpu_forward(Isa isa, const ForwardParams& params, const Host& host);
 void cpu_backward(Isa isa, const BackwardParams& params, const Host& host);
-void cpu_gates(Isa isa, GatesParams params, const Host& host);
-void cpu_input_gradient(Isa isa, InputGradientParams params, const Host& host);
+void cpu_gates(Isa isa, const GatesParams& params, const Host& host);
+void cpu_input_gradient(Isa isa, const InputGradientParams& params, const Host& host);
 void cpu_outer_product(Isa isa, const OuterProductParams& params, const Host& host);
 // Writes the packed weights to `out` unless it is null; returns how many values they are. Their
 // layout is that of the instruction set.

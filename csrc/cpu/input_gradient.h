@@ -20,7 +20,8 @@ void multiply_by_weights(const InputGradientParams& p, const Host& host) {
   Buffer<A> sums(parts * kBlock * round_up(p.I, Matrix::kPanelWidth));
   Buffer<Operand<T>> operands = Buffer<Operand<T>>::zeros(kDirect ? 0 : parts * kBlock * ldk);
   for (int d = 0; d < p.directions; ++d)
-    weights[d] = Matrix(p.weight_ih[d], p.I, p.K, p.N >= kRowsToRepayPacking);
+    weights[d] =
+        Matrix(p.weight_ih[d], p.I, p.K, std::is_same_v<T, split32> || p.N >= kRowsToRepayPacking);
   const int64_t panels = weights[0].panel_count();
   const int64_t ld = panels * Matrix::kPanelWidth;
   parallel_for(

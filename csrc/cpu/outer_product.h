@@ -39,7 +39,7 @@ class OuterPart {
     ld_ = round_up(registers_, kVectors) * kWidth;
     several_ = p.N > kBlock;
     const int64_t depth = round_up(std::min(p.N, kBlock), kRun);
-    // Tiles a power of two apart would evict each other from the cache: one line more.
+    // Tiles a power of two apart would evict each other from the cache: a line more.
     tile_size_ = depth * kTile + static_cast<int64_t>(64 / sizeof(E));
     if (several_) totals_ = Buffer<double>::zeros(count_ * ld_);
     chain_sums_ = Buffer<A>(round_up(count_, kWidth));

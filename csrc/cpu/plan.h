@@ -26,6 +26,12 @@ inline bool repays_packing(const LayerShape& shape) {
   return static_cast<double>(shape.T) * shape.B >= kRowsToRepayPacking;
 }
 
+// Whether all products of a layer can be split: of the loop the operands are whole runs of 16
+// numbers, of each gate, and the weights are packed for them.
+inline bool can_split(const LayerShape& shape) {
+  return shape.dtype == DType::f32 && shape.H % 16 == 0 && repays_packing(shape);
+}
+
 // A pure function of the layer's shape.
 Plan plan_layer(const LayerShape& shape, int threads);
 

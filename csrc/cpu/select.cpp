@@ -23,13 +23,14 @@ const char* isa_name(Isa isa) {
   return "?";
 }
 
+#if defined(__x86_64__)
 // The processor has tile registers that multiply bfloat16, and the kernel lets this process use
 // them. It has to be asked once, by whoever comes first; a signal stack too small for them is a
 // reason to say no.
 static bool may_use_amx_bf16() {
 #if defined(RNN_FUSED_EMULATED_AMX)
   return true;
-#elif defined(__x86_64__) && defined(__linux__)
+#elif defined(__linux__)
   static const bool allowed = [] {
     constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;       // of cpuid
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(2), linux 5.16
@@ -42,6 +43,7 @@ static bool may_use_amx_bf16() {
   return false;
 #endif
 }
+#endif
 
 bool isa_supported(Isa isa) {
 #if defined(__x86_64__)

@@ -26,8 +26,8 @@ inline void store(split32* p, Vec<float> v) { store_as(p, v); }
 
 inline U32 right_words(Vec<float> x) {
   const Vec<float> high = round_to<bf16>(x), rest = x - high;
-  // Infinity has no rest.
-  const Vec<float> low = round_to<bf16>(rest == rest ? rest : Vec<float>{});
+  // Infinity has no rest, and neither has what rounds to it.
+  const Vec<float> low = round_to<bf16>(high - high == Vec<float>{} ? rest : Vec<float>{});
   return bit_cast<U32>(high) | (bit_cast<U32>(low) >> 16);
 }
 

@@ -128,7 +128,8 @@ void multiply_rows_of(int rows, const Tile<T>& tile, std::integer_sequence<int, 
 #if defined(RNN_FUSED_AMX)
 
 // kHalves * 16 rows and kColumns * 16 columns. With four tiles of sums each multiplication finds
-// its sums ready: they take about as long as three others.
+// its sums ready: they take about as long as three others. (The GRU's third gate, by itself, and
+// narrow panels have two.)
 template <int kHalves, int kColumns, class T>
 inline void multiply_four_tiles(const Tile<T>& t, int64_t column) {
   constexpr int kLeft = 4, kRight = 6, kRights = std::min(kColumns, 2);

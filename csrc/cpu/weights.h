@@ -82,6 +82,11 @@ class Weights {
   void multiply(const Operand<T>* a, int64_t lda, int64_t row, int64_t row_end, int64_t first_panel,
                 int64_t last_panel, From from, To to, const Done& done) const {
     const int64_t rows = row_end - row;
+    if (const int64_t whole = rows / kTile * kTile; kTiled<T> && 0 < whole && whole < rows) {
+      // Half a tile takes as long as a whole one, and another height other sizes of registers.
+      multiply(a, lda, row, row + whole, first_panel, last_panel, from, to, done);
+      return multiply(a, lda, row + whole, row_end, first_panel, last_panel, from, to, done);
+    }
     const int64_t tiles = (rows + kTile - 1) / kTile;
     for (int64_t p = first_panel; p < last_panel; ++p)
       for (int64_t tile = 0; tile < tiles; ++tile) {  // of equal height: two of 4 beat 6 and 2

@@ -114,7 +114,7 @@ struct Layer : Sizes {
                      {{static_cast<float>(gate_slope()), static_cast<float>(cell_clip()),
                        static_cast<float>(grad_clip())},
                       {gate_slope(), cell_clip(), grad_clip()}}};
-    shape.split = split;
+    shape.split = split && can_split(shape);
     return shape;
   }
 
@@ -189,6 +189,7 @@ inline Forward run_forward(Isa isa, const Layer& l, const Host& host, bool save,
 inline Forward run_packed(Isa isa, const Layer& l, const Host& host) {
   Array packed[2];
   return run_forward(l, false, nullptr, [&](ForwardParams params) {
+    params.split = false;  // panels never are
     for (int d = 0; d < l.directions; ++d) {
       const ForwardDirection& w = params.direction[d];
       const PackParams weights{l.cell, l.dtype,     l.I,         l.H,
@@ -222,7 +223,7 @@ inline Array rebuild_gates(Isa isa, const Layer& l, const Host& host, const Forw
   cpu_gates(isa,
             {l.cell, l.dtype, l.shape().options, l.N, l.I, l.H, l.P, input.data(), before.data(),
              l.direction[d].weight_ih.at(0), w.weight_hh, w.bias_ih, w.bias_hh, gates.at(0),
-             repays_packing(l.shape()), l.split},
+             repays_packing(l.shape()), l.shape().split},
             host);
   return gates;
 }
