@@ -33,6 +33,8 @@ CUDA_ARCHS = ("8.0", "9.0a", "10.0", "12.0")
 CXX = shlex.split(os.environ.get("CXX", "c++"))
 WERROR = os.environ.get("RNN_FUSED_WERROR") == "1"
 CXX_FLAGS = SOURCES["flags"] + ["-Werror"] * WERROR
+# Tile registers in memory, for tests where the processor has none.
+CPU_FLAGS = ["-DRNN_FUSED_EMULATED_AMX"] * (os.environ.get("RNN_FUSED_EMULATED_AMX") == "1")
 RULES = f"""\
 builddir = {FOLDER}
 rule compile
@@ -150,7 +152,7 @@ def write_ninja() -> dict[str, str]:
     torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-isystem{torch_dir}/include"]
     cuda = find_cuda()
     ninja = NinjaFile(cuda)
-    cpu = ninja.compile("cpu", [])
+    cpu = ninja.compile("cpu", CPU_FLAGS)
     plan = ninja.compile("plan", [])
     ops = cpu + plan + ninja.compile("binding", torch_flags)
     ops_flags = [f"-L{torch_dir}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]

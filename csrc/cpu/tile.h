@@ -71,7 +71,7 @@ constexpr int64_t padded_depth(int64_t K) {
 template <class T, int kVectors>
 constexpr int kTileRows = kTiled<T>                      ? 32
                           : RNN_FUSED_VECTOR_BYTES == 64 ? (kVectors == 4 ? 6 : 8)
-                                                         : (kVectors == 4 ? 2 : 3);
+                                                         : 3;
 
 // out[r * ldo + c] = init[r * ldi + c] + sum_k a[r * lda + k * step] * panel(k, c). Every sum runs
 // over k in the same order whatever the height of the tile, so that a sequence's result does not

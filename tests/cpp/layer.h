@@ -28,6 +28,16 @@ struct Sizes {
   bool split = false;
 };
 
+// What its sizes leave open of a layer.
+inline void draw_kind(Sizes& s, Random& random) {
+  s.P = s.cell == Cell::lstm && random.coin() ? random.integer(1, s.H) : 0;
+  s.directions = static_cast<int>(random.integer(1, 2));
+  s.ragged = random.coin();
+  s.bias = random.coin();
+  s.resets = random.coin();
+  s.options = s.ragged != s.resets;
+}
+
 inline std::ostream& operator<<(std::ostream& out, const Sizes& s) {
   return out << toString(s.cell) << " " << toString(s.dtype) << " T=" << s.T << " B=" << s.B
              << " I=" << s.I << " H=" << s.H << " P=" << s.P << " D=" << s.directions

@@ -72,12 +72,7 @@ TEST_CASE("layers of any size equal the reference") {
         Sizes s{cell, dtype, random.integer(1, 9), random.integer(1, 17)};
         s.I = random.one_of({1, 2, 3, 7, 16, 19, 40});
         s.H = random.one_of({1, 2, 5, 8, 13, 16, 17, 31, 33, 48, 67});
-        s.P = cell == Cell::lstm && random.coin() ? random.integer(1, s.H) : 0;
-        s.directions = static_cast<int>(random.integer(1, 2));
-        s.ragged = random.coin();
-        s.bias = random.coin();
-        s.resets = random.coin();
-        s.options = s.ragged != s.resets;
+        draw_kind(s, random);
         check_layer(s, random.bits());
       }
 }
@@ -90,12 +85,7 @@ TEST_CASE("float32 layers with split products equal the reference") {
       Sizes s{cell, DType::f32, random.integer(2, 9), random.integer(1, 40)};
       s.I = random.one_of({1, 7, 16, 19, 40});
       s.H = random.one_of({16, 32, 33, 48, 80});
-      s.P = cell == Cell::lstm && random.coin() ? random.integer(1, s.H) : 0;
-      s.directions = static_cast<int>(random.integer(1, 2));
-      s.ragged = random.coin();
-      s.bias = random.coin();
-      s.resets = random.coin();
-      s.options = s.ragged != s.resets;
+      draw_kind(s, random);
       s.split = true;
       const uint64_t seed = random.bits();
       check_layer(s, seed);

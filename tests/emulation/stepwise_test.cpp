@@ -44,12 +44,7 @@ TEST_CASE("stepwise: layers of any size equal the reference") {
         Sizes s{cell, dtype, random.integer(1, 6), random.integer(1, 9)};
         s.I = random.one_of({1, 3, 8});
         s.H = random.one_of({1, 2, 7, 16, 31, 40});
-        s.P = cell == Cell::lstm && random.coin() ? random.integer(1, s.H) : 0;
-        s.directions = static_cast<int>(random.integer(1, 2));
-        s.ragged = random.coin();
-        s.bias = random.coin();
-        s.resets = random.coin();
-        s.options = s.ragged != s.resets;
+        draw_kind(s, random);
         check_layer(s, random.bits());
       }
 }
