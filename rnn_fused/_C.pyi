@@ -9,7 +9,15 @@ compiled_isas: list[str]
 def supported_isas() -> list[str]: ...
 def selected_isa() -> str: ...
 def plan_cpu(
-    cell: str, dtype: str, T: int, B: int, H: int, P: int, directions: int, threads: int
+    cell: str,
+    dtype: str,
+    T: int,
+    B: int,
+    H: int,
+    P: int,
+    directions: int,
+    layers: int,
+    threads: int,
 ) -> dict[str, int]: ...
 def plan_cuda(
     cell: str,

@@ -50,7 +50,7 @@ class FusedRNNBase(RNNBase):
     cell_clip: float | None = None
     grad_clip_value: float | None = None
     save: str = "gates"
-    _packed: tuple[Tensor | None, ...] | None = None  # of each layer; in frozen modules
+    _packed: list[Tensor] | None = None  # the weights of each layer, in frozen modules
 
     def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name, default) for name, default in OWN_OPTIONS.items()}
@@ -345,8 +345,7 @@ class FusedRNNBase(RNNBase):
         Dropout falls on the output of each layer but the last, in the layout in which torch.nn
         applies it: the same seed gives the same mask.
         """
-        weights = [self._layer_weights(layer) for layer in range(self.num_layers)]
-        self._check_sequence(sequence, batch_sizes, weights[0].weight_ih[0])
+        self._check_sequence(sequence, batch_sizes, self.weight_ih_l0)  # type: ignore[arg-type]
         if states is not None:
             self._check_states(states, batch)
         elif batch_sizes is not None or self.learn_initial_state:
@@ -357,6 +356,25 @@ class FusedRNNBase(RNNBase):
             reset_states = self._initial_states(sequence, batch)
 
         cell, options = self.mode.lower(), self._cell_options()
+        if self._packed is not None and not all_states:
+            primals = sequence, *(states or ()), *(reset_states or ())
+            if ops.runs_packed(*primals):
+                output, last = ops.stack(
+                    sequence,
+                    states,
+                    self._packed,
+                    cell=cell,
+                    hidden_size=self.hidden_size,
+                    output_size=self.proj_size or self.hidden_size,
+                    batch_sizes=batch_sizes,
+                    lengths=lengths,
+                    resets=resets,
+                    reset_states=reset_states,
+                    options=options,
+                )
+                return output, last, []
+
+        weights = [self._layer_weights(layer) for layer in range(self.num_layers)]
         initial = _by_layer(states, len(weights))
         after_reset = _by_layer(reset_states, len(weights))
         final: list[tuple[Tensor, ...]] = []
@@ -380,7 +398,6 @@ class FusedRNNBase(RNNBase):
                 options=options,
                 all_cells=all_states and cell == "lstm",
                 recompute=self.save == "recompute",
-                packed=None if self._packed is None else self._packed[layer],
             )
             final.append((h_n,) if c_n is None else (h_n, c_n))
             if all_states:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNBase
 
 from . import _C, families
+from .freeze import Frozen
 
 DTYPES = {
     torch.float32: "f32",
@@ -48,11 +49,12 @@ GPUS = {
 }
 
 
-def explain(module: RNNBase, T: int, B: int, *, device: str | Gpu | None = None) -> str:
+def explain(module: RNNBase | Frozen, T: int, B: int, *, device: str | Gpu | None = None) -> str:
     """How `module` runs on a dense batch: the plan of each pass, and why it is that.
 
     Args:
-        module: an LSTM, GRU or RNN of this package (or of torch.nn: how it would run converted).
+        module: an LSTM, GRU or RNN of this package (or of torch.nn: how it would run converted), or
+            a frozen one.
         T, B: timesteps and sequences, at least 1.
         device: "cpu", "cuda" for the current CUDA device, the name of a GPU that need not be
             present ("A100", "H100", "H200", "B200", "RTX 4090"), or a `Gpu`. The device of the
@@ -62,10 +64,13 @@ def explain(module: RNNBase, T: int, B: int, *, device: str | Gpu | None = None)
         A few lines of text. Not a format to parse.
 
     Raises:
-        TypeError: the module is no RNNBase, or its dtype has no kernels.
+        TypeError: the module is no RNNBase or Frozen, or its dtype has no kernels.
         ValueError: T or B is below 1, or the device is unknown.
         RuntimeError: "cuda" without a CUDA device.
     """
+    frozen = isinstance(module, Frozen)
+    if isinstance(module, Frozen):
+        module = module._module
     if not isinstance(module, RNNBase):
         raise TypeError(f"explain needs an LSTM, GRU or RNN, got {type(module).__name__}")
     if T < 1 or B < 1:
@@ -86,7 +91,7 @@ def explain(module: RNNBase, T: int, B: int, *, device: str | Gpu | None = None)
     if where == "cuda" and not families.has_kernels("cuda", weight.device.index):
         lines.append("  on CUDA: torch's own op, since this build has no code for the device")
     elif where == "cpu":
-        lines += _cpu(_C.plan_cpu(*layer, torch.get_num_threads()))
+        lines += _cpu(_C.plan_cpu(*layer, module.num_layers, torch.get_num_threads()), frozen)
     else:
         lines += _cuda(layer, _gpu(where, weight.device.index), weight.dtype)
     return "\n".join(lines)
@@ -110,14 +115,24 @@ def _gpu(where: str | Gpu, index: int | None) -> Gpu:
     return GPUS[where]
 
 
-def _cpu(plan: dict[str, int]) -> list[str]:
-    if plan["unit_parts"] > 1:
+def _cpu(plan: dict[str, int], frozen: bool) -> list[str]:
+    if frozen and plan["stack_parts"] > 1:
+        threads = (
+            f"layers divided among {plan['stack_parts']} threads, each {plan['timesteps_behind']} "
+            "timesteps behind the one below"
+        )
+    elif plan["unit_parts"] > 1:
         threads = f"hidden units divided among {plan['unit_parts']} threads, a barrier each step"
     elif plan["row_parts"] > 1:
         threads = f"sequences divided among {plan['row_parts']} threads, no barrier"
     else:
         threads = "one thread"
-    weights = "packed once a call" if plan["pack"] else "as they lie: few rows, packing not repaid"
+    if frozen:
+        weights = "packed by freeze"
+    elif plan["pack"]:
+        weights = "packed once a call"
+    else:
+        weights = "as they lie: few rows, packing not repaid"
     return [f"  on the CPU ({_C.selected_isa()}): {threads}; weights {weights}"]
 
 

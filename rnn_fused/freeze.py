@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from . import ops
 from .base import OWN_OPTIONS, FusedRNNBase
+from .ragged import host_knows
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -78,9 +79,10 @@ class Frozen(nn.Module):
     inputs only. Its options can be read under their names. Weights are packed for the processor of
     this machine; pickles are packed again where they are loaded.
 
-    Packed weights are used on the CPU, outside autocast, compilers and transforms, by calls that
-    record no gradients and do not return all states of an LSTM. Elsewhere it runs as the module
-    did.
+    Packed weights are used on the CPU, outside autocast, transforms and `torch.export`, by calls
+    that record no gradients and do not return all states; all layers are then one call. Elsewhere
+    it runs as the module did. `torch.export` needs strict=False, its default, for weights that are
+    no parameters.
     """
 
     def __init__(self, module: FusedRNNBase) -> None:
@@ -108,7 +110,8 @@ class Frozen(nn.Module):
     def _pack(self) -> None:
         module: FusedRNNBase = self._module
         layers = [module._layer_weights(layer) for layer in range(module.num_layers)]
-        module._packed = tuple(ops.pack_weights(w, module.mode.lower()) for w in layers)
+        if host_knows(layers[0].weight_hh[0]):
+            module._packed = [ops.pack_weights(w, module.mode.lower()) for w in layers]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
         """What `to`, `half` and the like do: refused where it would change anything.

@@ -43,8 +43,8 @@ class Call:
 
 
 layer_forward = torch.ops.rnn_fused.layer_forward.default
-layer_infer = torch.ops.rnn_fused.layer_infer.default
 pack_weights = torch.ops.rnn_fused.pack_weights.default
+stack_infer = torch.ops.rnn_fused.stack_infer.default
 layer_backward = torch.ops.rnn_fused.layer_backward.default
 layer_backward_ = torch.ops.rnn_fused.layer_backward_.default
 
@@ -115,6 +115,31 @@ def _fake_forward(
     if save_cells and cell == "lstm":
         cells = cells.new_empty(directions, rows, hidden)
     return output, h_n, c_n, gates, cells
+
+
+@torch.library.register_fake("rnn_fused::stack_infer")
+def _fake_stack(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    reset_hx: Tensor | None,
+    reset_cx: Tensor | None,
+    packed: Sequence[Tensor],
+    sizes: Tensor | None,
+    resets: Tensor | None,
+    cell: str,
+    hidden_size: int,
+    output_size: int,
+    gate_slope: float,
+    cell_clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    directions = packed[0].shape[0]
+    state = len(packed) * directions, input.shape[1] if hx is None else hx.shape[1]
+    return (
+        input.new_empty(*input.shape[:-1], directions * output_size),
+        input.new_empty(*state, output_size),
+        input.new_empty(*state, hidden_size) if cell == "lstm" else input.new_empty(0),
+    )
 
 
 @torch.library.register_fake("rnn_fused::layer_backward_")

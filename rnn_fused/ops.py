@@ -1,8 +1,10 @@
-"""`layer`: one recurrent layer, all its steps and directions, in one call of the fused op."""
+"""`layer`: one recurrent layer, all its steps and directions, in one call of the fused op; and
+`stack`: for inference, all layers in one call."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -15,7 +17,7 @@ from .autograd import LayerForward, apply, flatten, forward_mode, join_direction
 from .ragged import host_knows, ragged
 from .reference import PLAIN, CellOptions, LayerOutputs, LayerWeights
 
-__all__ = ["CellOptions", "LayerOutputs", "LayerWeights", "layer"]
+__all__ = ["CellOptions", "LayerOutputs", "LayerWeights", "layer", "stack"]
 
 
 def layer(
@@ -33,7 +35,6 @@ def layer(
     options: CellOptions = PLAIN,
     all_cells: bool = False,
     recompute: bool = False,
-    packed: Tensor | None = None,
 ) -> LayerOutputs:
     """Runs one layer like `reference.layer`, which see for the shapes and the mathematics.
 
@@ -48,7 +49,6 @@ def layer(
     reverse direction begins; without a timestep it keeps its initial state. Where `takes_lengths`.
 
     recompute: keep nothing of the gates for the backward pass, which rebuilds them.
-    packed: `pack_weights(weights)`, for inference on the CPU; elsewhere it is not used.
 
     Derivatives of every order and kind pass through it: backward, `torch.func`, forward mode. With
     grad_clip_value those that run backwards are clipped, and no derivatives in the strict sense.
@@ -83,7 +83,6 @@ def layer(
     if device != "meta" and torch.is_autocast_enabled(device):
         primals = input, hx, cx, reset_hx, reset_cx
         input, hx, cx, reset_hx, reset_cx, weights = _autocast(device, primals, weights)
-        packed = None
     # torch.func's transforms inside a compiled region see neither Functions nor register_autograd.
     compiling = torch.compiler.is_compiling()
     transformed = torch._C._are_functorch_transforms_active()
@@ -125,11 +124,6 @@ def layer(
         output, h_n, c_n, _, cells = apply(
             LayerForward, call, *save, sizes, resets, *primals, *flatten(weights)
         )
-    elif packed is not None and not all_cells and host_knows(input):
-        output, h_n, c_n = library.run(
-            library.layer_infer, *primals, *weights, sizes, resets, cell, *options[:2], packed
-        )
-        return LayerOutputs(output, h_n, c_n if cell == "lstm" else None, None)
     else:
         how = cell, *options, kernels, allow_tf32, *save
         arguments = *primals, *weights, sizes, resets, *how
@@ -148,15 +142,68 @@ def layer(
     return LayerOutputs(output, h_n, c_n, cells)
 
 
-def pack_weights(weights: LayerWeights, cell: str) -> Tensor | None:
-    """The weights of a layer in the order of this processor's kernels, [D, values], for many calls
-    of `layer`; None where they are not on the CPU."""
-    weight_ih, weight_hh, _, _, weight_hr = weights
-    if not host_knows(weight_ih[0]):
-        return None
+def pack_weights(weights: LayerWeights, cell: str) -> Tensor:
+    """The weights of a layer on the CPU in the order of this processor's kernels, [D, values], for
+    many calls of `stack`."""
     with torch.no_grad():
-        packed: Tensor = library.run(library.pack_weights, weight_ih, weight_hh, weight_hr, cell)
+        packed: Tensor = library.run(library.pack_weights, *weights, cell)
     return packed
+
+
+def stack(
+    input: Tensor,
+    states: tuple[Tensor, ...] | None,
+    packed: Sequence[Tensor],
+    *,
+    cell: str,
+    hidden_size: int,
+    output_size: int,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_states: tuple[Tensor, ...] | None = None,
+    options: CellOptions = PLAIN,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Runs layers one on top of the other, without dropout, where `runs_packed`.
+
+    states, reset_states: (h,) or (h, c) of all layers, [L*D, B, P] and [L*D, B, H].
+    packed: `pack_weights` of each layer.
+    hidden_size, output_size: H and P.
+    The others as for `layer`.
+
+    Returns:
+        The last layer's output, and the final states of all.
+
+    Raises:
+        RuntimeError: as `layer`.
+    """
+    hx, cx, *_ = (*(states or ()), None, None)
+    reset_hx, reset_cx, *_ = (*(reset_states or ()), None, None)
+    arguments = (
+        *(input, hx, cx, reset_hx, reset_cx, packed),
+        *(batch_sizes if lengths is None else lengths, resets),
+        *(cell, hidden_size, output_size, *options[:2]),
+    )
+    if torch.compiler.is_compiling():
+        output, h_n, c_n = library.stack_infer(*arguments)
+    else:
+        output, h_n, c_n = library.run(library.stack_infer, *arguments)
+    return output, (h_n, c_n) if cell == "lstm" else (h_n,)
+
+
+def runs_packed(*primals: Tensor) -> bool:
+    """Whether `stack` runs these, an input and states: on the CPU, where no gradients are recorded,
+    outside autocast, transforms, forward mode and `torch.export`, whose program may be loaded where
+    packed weights have another order."""
+    if torch.compiler.is_compiling():
+        if not primals[0].is_cpu or torch.compiler.is_exporting():
+            return False
+    elif not host_knows(primals[0]):
+        return False
+    if torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):
+        return False
+    records = torch.is_grad_enabled() and any(x.requires_grad for x in primals)
+    return not records and not forward_mode()
 
 
 def takes_lengths(input: Tensor, lengths: Tensor) -> bool:

@@ -271,6 +271,16 @@ def values_and_gradients(
     return dict(zip(names, (*outputs, *gradients), strict=True))
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def error(actual: Tensor, exact: Tensor) -> float:
     """|actual - exact| / |exact|, in the 2-norm."""
     exact = exact.detach().to(torch.float64)

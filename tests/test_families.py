@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import tf32_in_layers
+from helpers import tf32_in_layers, threads
 from torch import nn
 
 import rnn_fused
@@ -23,12 +23,14 @@ def test_explains_a_layer_on_the_cpu() -> None:
 
 
 def test_explains_the_division_among_threads() -> None:
-    torch.set_num_threads(2)
-    try:
+    with threads(2):
         assert "sequences divided among 2" in rnn_fused.explain(rnn_fused.LSTM(8, 256), 100, 16)
         assert "hidden units divided among 2" in rnn_fused.explain(rnn_fused.LSTM(8, 512), 100, 1)
-    finally:
-        torch.set_num_threads(1)
+        small = rnn_fused.LSTM(8, 64, 3)
+        assert "one thread; weights packed once a call" in rnn_fused.explain(small, 100, 1)
+        text = rnn_fused.explain(rnn_fused.freeze(small), 100, 1)
+        assert "layers divided among 2 threads, each 8 timesteps behind the one below" in text
+        assert "weights packed by freeze" in text
 
 
 @pytest.mark.parametrize("gpu", ["A100", "H100", "H200", "B200", "RTX 4090"])

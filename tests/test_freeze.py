@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import KINDS, each_kind, problem
+from helpers import KINDS, each_kind, problem, threads
 from pairs import LAYERS, tensors
 from torch import Tensor, nn
 from torch.func import vmap
@@ -57,7 +57,7 @@ def test_the_bits_of_the_module(
         expected = tensors(module(x))
         ops_called.clear()
         torch.testing.assert_close(tensors(frozen(x)), expected, rtol=0, atol=0)
-    assert ops_called == ["layer_infer"] * 2
+    assert ops_called == ["stack_infer"]
 
 
 @each_module
@@ -113,12 +113,27 @@ def test_every_form_of_input_and_option(which: str, ops_called: list[str]) -> No
             expected = module(*args, **kwargs)
             ops_called.clear()
             ours = frozen(*args, **kwargs)
-        assert ops_called == ["layer_infer"] * 2, name
+        assert ops_called == ["stack_infer"], name
         torch.testing.assert_close(tensors(ours), tensors(expected), rtol=0, atol=0)
     with torch.no_grad():
         every = {"return_all_states": True}
         ours, expected = (tensors(m(x, **every)) for m in (frozen, module))
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+@each_module
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_layers_side_by_side(which: str, dtype: torch.dtype) -> None:
+    """One sequence, and threads that it leaves idle: each takes some layers."""
+    module = make(which, num_layers=3, dtype=dtype)
+    frozen, x = freeze(module), torch.randn(600, 1, I, dtype=dtype)
+    resets = torch.rand(600, 1) < 0.02
+    with torch.no_grad(), threads(3):
+        expected = tensors(module(x, resets=resets))
+        assert "layers divided among 3 threads" in rnn_fused.explain(frozen, 600, 1)
+        for _ in range(5):
+            ours = tensors(frozen(x, resets=resets))
+            torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 
 def test_dropout_is_off() -> None:
@@ -172,7 +187,7 @@ def test_a_whole_model(ops_called: list[str]) -> None:
         expected = model(tokens)
         ops_called.clear()
         assert torch.equal(frozen(tokens), expected)
-    assert ops_called == ["layer_infer", "layer_infer", "layer_forward"]
+    assert ops_called == ["stack_infer", "stack_infer", "layer_forward"]
 
 
 class Block(nn.Module):
@@ -241,13 +256,66 @@ def test_copies_and_pickles(copied: Any, ops_called: list[str]) -> None:
         other = copied(frozen)
         ops_called.clear()
         assert torch.equal(other(x)[0], expected)
-    assert ops_called == ["layer_infer"] * 2
+    assert ops_called == ["stack_infer"]
 
 
 def test_a_pickle_holds_the_weights_once() -> None:
     module = rnn_fused.LSTM(64, 64)
     weights = sum(p.nbytes for p in module.parameters())
     assert len(pickle.dumps(freeze(module))) < 1.2 * weights
+
+
+@each_module
+@pytest.mark.parametrize("form", ["dense", "stateless", "lengths", "packed"])
+def test_compiled(which: str, form: str) -> None:
+    module = make(which, bidirectional=True, learn_initial_state=True)
+    nn.init.normal_(module.initial_h)
+    frozen, x, lengths = freeze(module), torch.randn(8, 3, I), torch.tensor([3, 8, 5])
+    options: dict[str, Any] = {"lengths": {"lengths": lengths}}.get(form, {})
+    graphs = []
+
+    def look(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = tensors(module(x, **options))
+        state: Any = module(x)[1] if form == "dense" else None
+        if form == "packed":
+            x = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        expected = tensors(module(x, state, **options))
+        fast = torch.compile(frozen, backend=look, fullgraph=True)
+        torch.testing.assert_close(tensors(fast(x, state, **options)), expected)
+        torch._dynamo.reset()
+        fast = torch.compile(frozen, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(tensors(fast(x, state, **options)), expected)
+    names = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert names.count("rnn_fused.stack_infer.default") == 1
+    assert "rnn_fused.layer_forward.default" not in names
+
+
+def test_exported_programs_hold_plain_weights() -> None:
+    """Another machine may pack them otherwise."""
+    module, x = make("lstm"), torch.randn(8, 3, I)
+    frozen = freeze(module)
+    with torch.no_grad():
+        program = torch.export.export(frozen, (x,), strict=False)
+        torch.testing.assert_close(program.module()(x)[0], module(x)[0])
+    names = [str(node.target) for node in program.graph.nodes]
+    assert names.count("rnn_fused.layer_forward.default") == 2
+    held = [*program.constants.values(), *program.state_dict.values()]
+    assert sorted(t.shape for t in held) == sorted(p.shape for p in module.parameters())
+
+
+@each_kind
+def test_the_op_describes_itself(kind: str) -> None:
+    case = problem(**KINDS[kind], requires_grad=False)
+    packed = ops.pack_weights(case.weights, case.cell)
+    h = case.hx.shape[2]  # type: ignore[union-attr]
+    for states in (case.hx, case.cx), (None, None):
+        arguments = (case.input, *states, None, None, [packed], None, None, case.cell, 4, h, 1.0)
+        torch.library.opcheck(library.stack_infer, (*arguments, None))
 
 
 # Where packed weights cannot be used, the results are the same.
@@ -270,14 +338,11 @@ def test_autocast() -> None:
         assert torch.equal(frozen(x)[0], module(x)[0])
 
 
-def test_compilers_and_transforms() -> None:
-    torch._dynamo.reset()
+def test_transforms() -> None:
     module, x = make("gru"), torch.randn(8, 3, I)
     frozen = freeze(module)
     with torch.no_grad():
         expected = module(x)[0]
-        fast = torch.compile(frozen, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(fast(x)[0], expected)
         each = vmap(lambda x: frozen(x)[0], in_dims=1, out_dims=1)(x.unsqueeze(2))
     torch.testing.assert_close(each.squeeze(2), expected)
 
@@ -326,25 +391,45 @@ def test_it_stays_where_it_is() -> None:
 
 
 @each_kind
-def test_wrong_weights_for_the_ops(kind: str) -> None:
+def test_mistakes_of_the_ops(kind: str) -> None:
     case = problem(**KINDS[kind], requires_grad=False)
+    name = rf"\[{case.cell}\]"
     packed = ops.pack_weights(case.weights, case.cell)
-    assert packed is not None
+    states = (case.hx,) if case.cx is None else (case.hx, case.cx)
+    H, P = 4, case.hx.shape[2]  # type: ignore[union-attr]
 
-    def run(packed: Tensor) -> Any:
-        arguments = case.input, case.hx, case.cx, case.weights
-        return ops.layer(*arguments, cell=case.cell, packed=packed)
+    def run(packed: Any, H: int = H, P: int = P, states: Any = states, **options: Any) -> Any:
+        sizes = {"hidden_size": H, "output_size": P}
+        return ops.stack(case.input, states, packed, cell=case.cell, **sizes, **options)
 
-    run(packed)
-    with pytest.raises(RuntimeError, match=rf"\[{case.cell}\] packed must have shape \[D, packed"):
-        run(packed[:, 1:])
+    output, final = run([packed])
+    torch.testing.assert_close((output, *final), case.run(ops.layer))
+    with pytest.raises(RuntimeError, match=rf"{name} packed must have shape \[D, packed"):
+        run([packed[:, 1:]])
     with pytest.raises(RuntimeError, match="packed must have the dtype of input, Double"):
-        run(packed.float())
-    with pytest.raises(RuntimeError, match=rf"\[{case.cell}\] weight_hh must"):
-        library.pack_weights(case.weights.weight_ih, [torch.ones(3).double()], [], case.cell)
+        run([packed.float()])
+    for nothing in ([], [packed[0]]):
+        with pytest.raises(RuntimeError, match=rf"{name} packed must hold a tensor \[D, packed"):
+            run(nothing)
+    with pytest.raises(RuntimeError, match=rf"{name} a layer must have 1 or 2 directions, got 3"):
+        run([packed.expand(3, -1)])
+    with pytest.raises(RuntimeError, match=rf"{name} hx must have shape \[L\*D, B, P\] = \[2, 2"):
+        run([packed, packed])
+    for size in (0, H + 1, -1):
+        with pytest.raises(RuntimeError, match=rf"{name} output_size must be hidden_size = 4, or "):
+            run([packed], P=size)
+    with pytest.raises(RuntimeError, match=rf"{name} output_size must be hidden_size = 0"):
+        run([packed], H=0, P=0)
+    with pytest.raises(RuntimeError, match=rf"{name} reset_hx and reset_cx need resets, got none"):
+        run([packed], reset_states=states)
+    pack = library.pack_weights
+    with pytest.raises(RuntimeError, match=rf"{name} weight_hh must"):
+        pack(case.weights.weight_ih, [torch.ones(3).double()], [], [], [], case.cell)
+    with pytest.raises(RuntimeError, match=rf"{name} bias_ih and bias_hh must be given both or"):
+        pack(*case.weights[:3], [], case.weights.weight_hr, case.cell)
     with pytest.raises(
         RuntimeError, match="cell must be lstm, gru, rnn_tanh or rnn_relu, got 'rnn'"
     ):
-        library.pack_weights(*map(list, case.weights[:2]), [], "rnn")
+        pack(*case.weights, "rnn")
     with pytest.raises(RuntimeError, match="weight_ih must"):
-        library.pack_weights([], case.weights.weight_hh, [], case.cell)
+        pack([], case.weights.weight_hh, [], [], [], case.cell)

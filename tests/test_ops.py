@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from helpers import (
     each_kind,
     each_layout,
     problem,
+    threads,
     values_and_gradients,
 )
 from hypothesis import given
@@ -101,14 +101,6 @@ def test_any_lengths(kind: str, lengths: list[int], H: int, two: bool) -> None:
     assert_agrees_with_reference(case)
 
 
-@pytest.fixture
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 # Large enough to be divided among threads: by sequences, and by hidden units.
 DIVIDED = {
     "sequences": {"T": 40, "B": 5, "H": 64},
@@ -120,12 +112,13 @@ DIVIDED = {
 @each_kind
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("sizes", DIVIDED)
-@pytest.mark.parametrize("threads", [2, 3], indirect=True)
-def test_threads(kind: str, directions: int, sizes: str, threads: int) -> None:
+@pytest.mark.parametrize("count", [2, 3])
+def test_threads(kind: str, directions: int, sizes: str, count: int) -> None:
     case = problem(**KINDS[kind], **DIVIDED[sizes], directions=directions)
-    assert_agrees_with_reference(case)
-    first = values_and_gradients(case, ops.layer)
-    torch.testing.assert_close(values_and_gradients(case, ops.layer), first, rtol=0, atol=0)
+    with threads(count):
+        assert_agrees_with_reference(case)
+        first = values_and_gradients(case, ops.layer)
+        torch.testing.assert_close(values_and_gradients(case, ops.layer), first, rtol=0, atol=0)
 
 
 @each_kind

@@ -1,4 +1,4 @@
-// The arguments of a layer's operators, checked and made contiguous: what both passes share.
+// The arguments of the operators, checked and made contiguous: what all passes share.
 #pragma once
 
 #include <cmath>
@@ -68,9 +68,11 @@ inline std::string shape_string(torch::headeronly::IntHeaderOnlyArrayRef sizes) 
   return s.str();
 }
 
-struct Layer {
+// The sequences that a layer or a stack of layers runs over, and its states.
+struct Sequences {
   std::string name;  // of the cell, for messages
   LayerShape shape{};
+  int64_t states = 0;  // matrices of hx: the directions of all layers
   int64_t N, I;
   // Rows that products have to cover: those of the timesteps, or all N where only the device can
   // tell them from the tail.
@@ -79,75 +81,61 @@ struct Layer {
   Tensor input, hx;
   OptionalTensor cx, batch_sizes;
   OptionalTensor resets, reset_hx, reset_cx;  // with resets: the states too, zero where not given
-  Tensors weight_ih, weight_hh, bias_ih, bias_hh, weight_hr;
   std::vector<int64_t> row_start;
   std::vector<int64_t> active, order;  // padded: counted and sorted here
   Tensor device_row_start;             // [T + 1], where batch_sizes are on the device
 
-  Layer(const Tensor& input_, const OptionalTensor& hx_, const OptionalTensor& cx_,
-        const OptionalTensor& reset_hx_, const OptionalTensor& reset_cx_, const Tensors& weight_ih_,
-        const Tensors& weight_hh_, const Tensors& bias_ih_, const Tensors& bias_hh_,
-        const Tensors& weight_hr_, const OptionalTensor& sizes, const OptionalTensor& resets_,
-        const std::string& cell, double gate_slope, std::optional<double> cell_clip,
-        std::optional<double> grad_clip)
+  // Leaves the sizes of h to the derived class, which then calls read_states.
+  Sequences(const Tensor& input_, const OptionalTensor& hx_, const OptionalTensor& sizes,
+            const std::string& cell, int64_t directions, double gate_slope,
+            std::optional<double> cell_clip, std::optional<double> grad_clip)
       : name(cell) {
     shape.cell = parse_cell(cell);
     shape.dtype = parse_dtype(cell, input_.scalar_type());
     shape.options = parse_options(cell, shape.dtype, gate_slope, cell_clip, grad_clip);
-    const int64_t D = static_cast<int64_t>(weight_ih_.size());
-    RNN_FUSED_CHECK(D == 1 || D == 2, "[", name, "] weight_ih must hold 1 or 2 directions, got ",
-                    D);
-    shape.directions = static_cast<int>(D);
+    RNN_FUSED_CHECK(directions == 1 || directions == 2, "[", name,
+                    "] a layer must have 1 or 2 directions, got ", directions);
+    shape.directions = static_cast<int>(directions);
     read_rows(input_, sizes);
     RNN_FUSED_CHECK(hx_ || !batch_sizes, "[", name,
                     "] hx must be given with batch_sizes, which do not tell B");
     RNN_FUSED_CHECK(!hx_ || hx_->dim() == 3, "[", name,
                     "] hx must have 3 dimensions [D, B, P], got ", hx_ ? hx_->dim() : 0);
     if (batch_sizes) read_batch(hx_->size(1));
-    RNN_FUSED_CHECK(!weight_hh_.empty() && weight_hh_[0].dim() == 2, "[", name,
-                    "] weight_hh must hold a matrix [G*H, P] per direction");
-    const int64_t G = gate_count(shape.cell);
-    shape.H = weight_hh_[0].size(0) / G;
-    RNN_FUSED_CHECK(shape.H >= 1, "[", name, "] hidden size must be at least 1, got weight_hh ",
-                    shape_string(weight_hh_[0].sizes()));
-    const bool lstm = shape.cell == Cell::lstm;
-    if (hx_)
-      shape.P = hx_->size(2);
-    else if (weight_hr_.empty())
-      shape.P = shape.H;
-    else
-      shape.P = weight_hr_[0].dim() == 2 ? weight_hr_[0].size(0) : 0;
-    RNN_FUSED_CHECK(!shape.projected() || (lstm && !weight_hr_.empty()), "[", name,
-                    "] hx must have size H = ", shape.H, " in its last dimension, got ", shape.P);
-    RNN_FUSED_CHECK(
-        weight_hr_.empty() || (shape.P >= 1 && shape.P < shape.H), "[", name,
-        "] a projection (weight_hr) must have a size from 1 to less than the hidden size ", shape.H,
-        ", got ", shape.P);
-    RNN_FUSED_CHECK(bias_ih_.size() == bias_hh_.size(), "[", name,
-                    "] bias_ih and bias_hh must be given both or neither, got ", bias_ih_.size(),
-                    " and ", bias_hh_.size(), " tensors");
-    RNN_FUSED_CHECK(cx_.has_value() == (lstm && hx_), "[", name, "] cx must be ",
-                    lstm && hx_ ? "given" : "absent", hx_ ? "" : " where hx is");
+  }
 
+  // shape points into this object.
+  Sequences(const Sequences&) = delete;
+  Sequences& operator=(const Sequences&) = delete;
+
+  void read_states(const Tensor& input_, const OptionalTensor& hx_, const OptionalTensor& cx_,
+                   int64_t count) {
+    states = count;
+    RNN_FUSED_CHECK(cx_.has_value() == (lstm() && hx_), "[", name, "] cx must be ",
+                    lstm() && hx_ ? "given" : "absent", hx_ ? "" : " where hx is");
     input = checked(input_, "input", input_.sizes(), "");
-    hx = state(hx_, "hx", shape.P, "[D, B, P]");
+    hx = state(hx_, "hx", shape.P, "P");
     // Both zero, they are one, since nothing writes to them.
-    if (lstm) cx = hx_ || shape.projected() ? state(cx_, "cx", shape.H, "[D, B, H]") : hx;
-    const auto list = [&](const Tensors& tensors, const char* what, std::vector<int64_t> sizes,
-                          const char* dims, bool optional) {
-      RNN_FUSED_CHECK(static_cast<int64_t>(tensors.size()) == D || (optional && tensors.empty()),
-                      "[", name, "] ", what, " must hold ", D, " tensors",
-                      optional ? " or none" : "", ", got ", tensors.size());
-      Tensors result;
-      for (const Tensor& t : tensors) result.push_back(checked(t, what, sizes, dims));
-      return result;
-    };
-    weight_ih = list(weight_ih_, "weight_ih", {G * shape.H, I}, "[G*H, I]", false);
-    weight_hh = list(weight_hh_, "weight_hh", {G * shape.H, shape.P}, "[G*H, P]", false);
-    bias_ih = list(bias_ih_, "bias_ih", {G * shape.H}, "[G*H]", true);
-    bias_hh = list(bias_hh_, "bias_hh", {G * shape.H}, "[G*H]", true);
-    weight_hr = list(weight_hr_, "weight_hr", {shape.P, shape.H}, "[P, H]", true);
-    read_resets(resets_, reset_hx_, reset_cx_);
+    if (lstm()) cx = hx_ || shape.projected() ? state(cx_, "cx", shape.H, "H") : hx;
+  }
+
+  void read_resets(const OptionalTensor& flags, const OptionalTensor& h, const OptionalTensor& c) {
+    RNN_FUSED_CHECK(flags || (!h && !c), "[", name,
+                    "] reset_hx and reset_cx need resets, got none");
+    if (!flags) return;
+    const auto rows = input.sizes().slice(0, input.dim() - 1);
+    RNN_FUSED_CHECK(
+        flags->sizes() == rows && flags->scalar_type() == ScalarType::Bool && same_device(*flags),
+        "[", name, "] resets must be bool, on the device of input and of shape ",
+        batch_sizes ? "[N] = " : "[T, B] = ", shape_string(rows), ", got ",
+        torch::headeronly::toString(flags->scalar_type()), " of shape ",
+        shape_string(flags->sizes()));
+    resets = padded ? packed_flags(as_contiguous(*flags)) : as_contiguous(*flags);
+    shape.resets = static_cast<const bool*>(resets->const_data_ptr());
+    RNN_FUSED_CHECK(c.has_value() == (h.has_value() && lstm()), "[", name, "] reset_cx must be ",
+                    h && lstm() ? "given with reset_hx" : "absent");
+    reset_hx = state(h, "reset_hx", shape.P, "P");
+    if (lstm()) reset_cx = state(c, "reset_cx", shape.H, "H");
   }
 
   int64_t D() const { return shape.directions; }
@@ -171,23 +159,17 @@ struct Layer {
     return sizes;
   }
 
-  // The weights and states of one direction, as the core takes them.
-  DirectionWeights direction(int d) const {
-    const auto at = [&](const Tensors& list) {
-      return list.empty() ? nullptr : list[d].const_data_ptr();
+  // Of matrix m of the states, as the core takes them.
+  void point_to_states(DirectionWeights& direction, int64_t m) const {
+    const auto matrix = [&](const OptionalTensor& t, int64_t size) -> const void* {
+      if (!t) return nullptr;
+      const auto* bytes = static_cast<const char*>(t->const_data_ptr());
+      return bytes + m * shape.B * size * t->element_size();
     };
-    const auto slice = [&](const Tensor& t, int64_t size) {
-      const auto* bytes = static_cast<const char*>(t.const_data_ptr());
-      return bytes + d * shape.B * size * t.element_size();
-    };
-    return {at(weight_hh),
-            at(weight_hr),
-            at(bias_ih),
-            at(bias_hh),
-            slice(hx, shape.P),
-            cx ? slice(*cx, shape.H) : nullptr,
-            reset_hx ? slice(*reset_hx, shape.P) : nullptr,
-            reset_cx ? slice(*reset_cx, shape.H) : nullptr};
+    direction.h0 = matrix(hx, shape.P);
+    direction.c0 = matrix(cx, shape.H);
+    direction.reset_h = matrix(reset_hx, shape.P);
+    direction.reset_c = matrix(reset_cx, shape.H);
   }
 
   Tensor checked(const Tensor& t, const char* what, torch::headeronly::IntHeaderOnlyArrayRef sizes,
@@ -212,30 +194,12 @@ struct Layer {
   }
 
  private:
-  // [D, B, size], zero where none is given.
-  Tensor state(const OptionalTensor& t, const char* what, int64_t size, const char* dims) const {
-    const std::vector<int64_t> sizes = {D(), shape.B, size};
-    if (t) return checked(*t, what, sizes, dims);
-    return allocate_zeros(input, sizes);
-  }
-
-  void read_resets(const OptionalTensor& flags, const OptionalTensor& h, const OptionalTensor& c) {
-    RNN_FUSED_CHECK(flags || (!h && !c), "[", name,
-                    "] reset_hx and reset_cx need resets, got none");
-    if (!flags) return;
-    const auto rows = input.sizes().slice(0, input.dim() - 1);
-    RNN_FUSED_CHECK(
-        flags->sizes() == rows && flags->scalar_type() == ScalarType::Bool && same_device(*flags),
-        "[", name, "] resets must be bool, on the device of input and of shape ",
-        batch_sizes ? "[N] = " : "[T, B] = ", shape_string(rows), ", got ",
-        torch::headeronly::toString(flags->scalar_type()), " of shape ",
-        shape_string(flags->sizes()));
-    resets = padded ? packed_flags(as_contiguous(*flags)) : as_contiguous(*flags);
-    shape.resets = static_cast<const bool*>(resets->const_data_ptr());
-    RNN_FUSED_CHECK(c.has_value() == (h.has_value() && lstm()), "[", name, "] reset_cx must be ",
-                    h && lstm() ? "given with reset_hx" : "absent");
-    reset_hx = state(h, "reset_hx", shape.P, "[D, B, P]");
-    if (lstm()) reset_cx = state(c, "reset_cx", shape.H, "[D, B, H]");
+  // [states, B, size], zero where none is given. axis: the name of the last one.
+  Tensor state(const OptionalTensor& t, const char* what, int64_t size, const char* axis) const {
+    const std::vector<int64_t> sizes = {states, shape.B, size};
+    if (!t) return allocate_zeros(input, sizes);
+    const std::string dims = std::string(states > D() ? "[L*D, B, " : "[D, B, ") + axis + "]";
+    return checked(*t, what, sizes, dims.c_str());
   }
 
   Tensor packed_flags(const Tensor& flags) const {
@@ -345,6 +309,67 @@ struct Layer {
     RNN_FUSED_CHECK(shape.sizes_on_device || shape.active(0) <= batch, "[", name,
                     "] hx must have the sequences of batch_sizes, at least ", shape.active(0),
                     ", in its second dimension, got ", batch);
+  }
+};
+
+// One layer: the weights too.
+struct Layer : Sequences {
+  Tensors weight_ih, weight_hh, bias_ih, bias_hh, weight_hr;
+
+  Layer(const Tensor& input_, const OptionalTensor& hx_, const OptionalTensor& cx_,
+        const OptionalTensor& reset_hx_, const OptionalTensor& reset_cx_, const Tensors& weight_ih_,
+        const Tensors& weight_hh_, const Tensors& bias_ih_, const Tensors& bias_hh_,
+        const Tensors& weight_hr_, const OptionalTensor& sizes, const OptionalTensor& resets_,
+        const std::string& cell, double gate_slope, std::optional<double> cell_clip,
+        std::optional<double> grad_clip)
+      : Sequences(input_, hx_, sizes, cell, static_cast<int64_t>(weight_ih_.size()), gate_slope,
+                  cell_clip, grad_clip) {
+    RNN_FUSED_CHECK(!weight_hh_.empty() && weight_hh_[0].dim() == 2, "[", name,
+                    "] weight_hh must hold a matrix [G*H, P] per direction");
+    shape.H = weight_hh_[0].size(0) / G();
+    RNN_FUSED_CHECK(shape.H >= 1, "[", name, "] hidden size must be at least 1, got weight_hh ",
+                    shape_string(weight_hh_[0].sizes()));
+    if (hx_)
+      shape.P = hx_->size(2);
+    else if (weight_hr_.empty())
+      shape.P = shape.H;
+    else
+      shape.P = weight_hr_[0].dim() == 2 ? weight_hr_[0].size(0) : 0;
+    RNN_FUSED_CHECK(!shape.projected() || (lstm() && !weight_hr_.empty()), "[", name,
+                    "] hx must have size H = ", shape.H, " in its last dimension, got ", shape.P);
+    RNN_FUSED_CHECK(
+        weight_hr_.empty() || (shape.P >= 1 && shape.P < shape.H), "[", name,
+        "] a projection (weight_hr) must have a size from 1 to less than the hidden size ", shape.H,
+        ", got ", shape.P);
+    RNN_FUSED_CHECK(bias_ih_.size() == bias_hh_.size(), "[", name,
+                    "] bias_ih and bias_hh must be given both or neither, got ", bias_ih_.size(),
+                    " and ", bias_hh_.size(), " tensors");
+    read_states(input_, hx_, cx_, D());
+    const auto list = [&](const Tensors& tensors, const char* what, std::vector<int64_t> sizes,
+                          const char* dims, bool optional) {
+      RNN_FUSED_CHECK(static_cast<int64_t>(tensors.size()) == D() || (optional && tensors.empty()),
+                      "[", name, "] ", what, " must hold ", D(), " tensors",
+                      optional ? " or none" : "", ", got ", tensors.size());
+      Tensors result;
+      for (const Tensor& t : tensors) result.push_back(checked(t, what, sizes, dims));
+      return result;
+    };
+    weight_ih = list(weight_ih_, "weight_ih", {G() * shape.H, I}, "[G*H, I]", false);
+    weight_hh = list(weight_hh_, "weight_hh", {G() * shape.H, shape.P}, "[G*H, P]", false);
+    bias_ih = list(bias_ih_, "bias_ih", {G() * shape.H}, "[G*H]", true);
+    bias_hh = list(bias_hh_, "bias_hh", {G() * shape.H}, "[G*H]", true);
+    weight_hr = list(weight_hr_, "weight_hr", {shape.P, shape.H}, "[P, H]", true);
+    read_resets(resets_, reset_hx_, reset_cx_);
+  }
+
+  // The weights and states of one direction, as the core takes them.
+  DirectionWeights direction(int d) const {
+    const auto at = [&](const Tensors& list) {
+      return list.empty() ? nullptr : list[d].const_data_ptr();
+    };
+    DirectionWeights direction{at(weight_hh), at(weight_hr), at(bias_ih), at(bias_hh), {}, {}};
+    point_to_states(direction, d);
+    return direction;
   }
 };
 

@@ -65,12 +65,15 @@ LayerShape layer_shape(const std::string& cell, const std::string& dtype, int64_
 }
 
 py::dict cpu_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B,
-                  int64_t H, int64_t P, int directions, int threads) {
-  const Plan plan = plan_layer(layer_shape(cell, dtype, T, B, H, P, directions), threads);
+                  int64_t H, int64_t P, int directions, int64_t layers, int threads) {
+  const LayerShape shape = layer_shape(cell, dtype, T, B, H, P, directions);
+  const Plan plan = plan_layer(shape, threads);
   py::dict result;
   result["pack"] = plan.pack;
   result["row_parts"] = plan.row_parts;
   result["unit_parts"] = plan.unit_parts;
+  result["stack_parts"] = plan_stack(shape, layers, threads);
+  result["timesteps_behind"] = kTimestepsBehind;
   return result;
 }
 

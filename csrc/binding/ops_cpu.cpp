@@ -19,25 +19,17 @@ Host torch_threads() {
 }
 
 // Of a padded batch, what no loop writes.
-void zero_padding(const Layer& layer, const Tensor& t, int64_t columns) {
-  const int64_t bytes = columns * t.element_size(), B = layer.shape.B;
-  for (int64_t step = 0; step < layer.input.size(0); ++step)
-    for (int64_t b = layer.active[step]; b < B; ++b)
-      std::memset(at(t, (step * B + layer.order[b]) * columns), 0, bytes);
+void zero_padding(const Sequences& batch, const Tensor& t, int64_t columns) {
+  const int64_t bytes = columns * t.element_size(), B = batch.shape.B;
+  for (int64_t step = 0; step < batch.input.size(0); ++step)
+    for (int64_t b = batch.active[step]; b < B; ++b)
+      std::memset(at(t, (step * B + batch.order[b]) * columns), 0, bytes);
 }
 
-// packed: the weights as pack_weights leaves them, or none.
-ForwardTensors forward(const Layer& layer, const OptionalTensor& packed, bool save_gates,
-                       bool save_cells) {
-  ForwardPass pass(layer, save_gates, save_cells, false);
-  for (int d = 0; packed && d < layer.shape.directions; ++d)
-    pass.params.direction[d].packed = at(packed, d * packed->size(1));
-  if (layer.shape.B > 0) cpu_forward(selected_isa(), pass.params, torch_threads());
-  pass.zero_tails([&](const Tensor& t, int64_t matrices, int64_t columns) {
-    zero_known_tail(layer, t, matrices, columns);
-  });
-  if (layer.padded) zero_padding(layer, pass.output, pass.params.output_stride);
-  return pass.results();
+// Without the weights themselves, for a layer of so many inputs.
+PackParams pack_params(const Sequences& like, int64_t input_size) {
+  const LayerShape& s = like.shape;
+  return {s.cell, s.dtype, input_size, s.H, s.P, {}, {}, {}, {}, {}};
 }
 
 ForwardTensors layer_forward(Tensor input, OptionalTensor hx, OptionalTensor cx,
@@ -50,50 +42,114 @@ ForwardTensors layer_forward(Tensor input, OptionalTensor hx, OptionalTensor cx,
   Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr,
               sizes, resets, cell, gate_slope, cell_clip, grad_clip);
   layer.shape.split = allow_tf32 && can_split(layer.shape);
-  return forward(layer, std::nullopt, save_gates, save_cells);
+  const ForwardPass pass(layer, save_gates, save_cells, false);
+  if (layer.shape.B > 0) cpu_forward(selected_isa(), pass.params, torch_threads());
+  pass.zero_tails([&](const Tensor& t, int64_t matrices, int64_t columns) {
+    zero_known_tail(layer, t, matrices, columns);
+  });
+  if (layer.padded) zero_padding(layer, pass.output, pass.params.output_stride);
+  return pass.results();
 }
 
-// How many values the packed weights of one direction are.
-int64_t packed_size(const Layer& layer) {
-  const LayerShape& s = layer.shape;
-  return cpu_pack_weights(selected_isa(), {s.cell, s.dtype, layer.I, s.H, s.P, {}, {}, {}},
-                          nullptr);
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_infer(Tensor input, OptionalTensor hx, OptionalTensor cx,
-                                               OptionalTensor reset_hx, OptionalTensor reset_cx,
-                                               Tensors weight_ih, Tensors weight_hh,
-                                               Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
-                                               OptionalTensor sizes, OptionalTensor resets,
-                                               std::string cell, double gate_slope,
-                                               std::optional<double> cell_clip, Tensor packed) {
-  const Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
-                    weight_hr, sizes, resets, cell, gate_slope, cell_clip, std::nullopt);
-  const auto [output, h_n, c_n, gates, cells] = forward(
-      layer, layer.checked(packed, "packed", {layer.D(), packed_size(layer)}, "[D, packed values]"),
-      false, false);
-  return {output, h_n, c_n};
-}
-
-Tensor pack_weights(Tensors weight_ih, Tensors weight_hh, Tensors weight_hr, std::string cell) {
+Tensor pack_weights(Tensors weight_ih, Tensors weight_hh, Tensors bias_ih, Tensors bias_hh,
+                    Tensors weight_hr, std::string cell) {
   const int64_t D = static_cast<int64_t>(weight_ih.size());
   RNN_FUSED_CHECK(D >= 1 && weight_ih[0].dim() == 2, "[", cell,
                   "] weight_ih must hold a matrix per direction");
   // A layer over nothing checks the rest.
   const Tensor& like = weight_ih[0];
   const Tensor input = allocate(like, {1, 0, like.size(1)});
-  const Layer layer(input, {}, {}, {}, {}, weight_ih, weight_hh, {}, {}, weight_hr, {}, {}, cell, 1,
-                    {}, {});
-  const LayerShape& s = layer.shape;
-  Tensor packed = allocate(like, {D, packed_size(layer)});
-  for (int d = 0; d < s.directions; ++d) {
+  const Layer layer(input, {}, {}, {}, {}, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, {},
+                    {}, cell, 1, {}, {});
+  Tensor packed;
+  for (int d = 0; d < layer.shape.directions; ++d) {
     const DirectionWeights w = layer.direction(d);
-    const PackParams params{s.cell,      s.dtype,    layer.I,
-                            s.H,         s.P,        layer.weight_ih[d].const_data_ptr(),
-                            w.weight_hh, w.weight_hr};
+    PackParams params = pack_params(layer, layer.I);
+    params.weight_ih = layer.weight_ih[d].const_data_ptr();
+    params.weight_hh = w.weight_hh;
+    params.weight_hr = w.weight_hr;
+    params.bias_ih = w.bias_ih;
+    params.bias_hh = w.bias_hh;
+    if (d == 0) packed = allocate(like, {D, cpu_pack_weights(selected_isa(), params, nullptr)});
     cpu_pack_weights(selected_isa(), params, at(packed, d * packed.size(1)));
   }
   return packed;
+}
+
+// The layers of a stack, their weights packed.
+struct Stack : Sequences {
+  Tensors packed;
+
+  Stack(const Tensor& input_, const OptionalTensor& hx_, const OptionalTensor& cx_,
+        const OptionalTensor& reset_hx_, const OptionalTensor& reset_cx_, const Tensors& packed_,
+        const OptionalTensor& sizes, const OptionalTensor& resets_, const std::string& cell,
+        int64_t hidden_size, int64_t output_size, double gate_slope,
+        std::optional<double> cell_clip)
+      : Sequences(input_, hx_, sizes, cell, directions_of(packed_, cell), gate_slope, cell_clip,
+                  std::nullopt) {
+    const bool projected = lstm() && output_size < hidden_size;
+    RNN_FUSED_CHECK(output_size >= 1 && (output_size == hidden_size || projected), "[", name,
+                    "] output_size must be hidden_size = ", hidden_size,
+                    ", or of an LSTM from 1 to less, got ", output_size);
+    shape.H = hidden_size;
+    shape.P = output_size;
+    read_states(input_, hx_, cx_, static_cast<int64_t>(packed_.size()) * D());
+    for (size_t l = 0; l < packed_.size(); ++l) {
+      const PackParams params = pack_params(*this, input_size(l));
+      packed.push_back(checked(packed_[l], "packed",
+                               {D(), cpu_pack_weights(selected_isa(), params, nullptr)},
+                               "[D, packed values]"));
+    }
+    read_resets(resets_, reset_hx_, reset_cx_);
+  }
+
+  int64_t input_size(size_t layer) const { return layer == 0 ? I : D() * shape.P; }
+
+ private:
+  static int64_t directions_of(const Tensors& packed, const std::string& cell) {
+    RNN_FUSED_CHECK(!packed.empty() && packed[0].dim() == 2, "[", cell,
+                    "] packed must hold a tensor [D, packed values] per layer");
+    return packed[0].size(0);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> stack_infer(Tensor input, OptionalTensor hx, OptionalTensor cx,
+                                               OptionalTensor reset_hx, OptionalTensor reset_cx,
+                                               Tensors packed, OptionalTensor sizes,
+                                               OptionalTensor resets, std::string cell,
+                                               int64_t hidden_size, int64_t output_size,
+                                               double gate_slope, std::optional<double> cell_clip) {
+  const Stack stack(input, hx, cx, reset_hx, reset_cx, packed, sizes, resets, cell, hidden_size,
+                    output_size, gate_slope, cell_clip);
+  const LayerShape& s = stack.shape;
+  const size_t layers = stack.packed.size();
+  const int64_t D = stack.D(), width = D * s.P;
+  const Tensor output = allocate(stack.input, stack.rows_shape(width));
+  const Tensor h_n = allocate(stack.input, {stack.states, s.B, s.P});
+  const Tensor c_n = stack.allocate_if(stack.lstm(), {stack.states, s.B, s.H});
+  // The layers' outputs go to two places in turn, the last one's to `output`.
+  const Tensor between = stack.allocate_if(layers > 1, stack.rows_shape(width));
+  std::vector<ForwardParams> params;
+  for (size_t l = 0; l < layers; ++l) {
+    const Tensor& out = (layers - 1 - l) % 2 == 0 ? output : between;
+    const void* const in =
+        l == 0 ? stack.input.const_data_ptr() : params[l - 1].direction[0].output;
+    params.push_back({s, {}, in, stack.input_size(l), false, 0, width, false});
+    for (int d = 0; d < s.directions; ++d) {
+      const int64_t m = static_cast<int64_t>(l) * D + d;
+      ForwardDirection& dir = params[l].direction[d];
+      stack.point_to_states(dir, m);
+      dir.output = at(out, d * s.P);
+      dir.h_n = at(h_n, m * s.B * s.P);
+      if (stack.lstm()) dir.c_n = at(c_n, m * s.B * s.H);
+      dir.packed = at(stack.packed[l], d * stack.packed[l].size(1));
+    }
+  }
+  if (s.B > 0)
+    cpu_forward_stack(selected_isa(), params.data(), static_cast<int64_t>(layers), torch_threads());
+  if (stack.has_tail()) zero_known_tail(stack, output, 1, width);
+  if (stack.padded) zero_padding(stack, output, width);
+  return {output, h_n, c_n};
 }
 
 using Rows = std::vector<const void*>;  // anywhere in memory
@@ -256,7 +312,7 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
 
 STABLE_TORCH_LIBRARY_IMPL(rnn_fused, CPU, m) {
   m.impl("pack_weights", TORCH_BOX(&pack_weights));
-  m.impl("layer_infer", TORCH_BOX(&layer_infer));
+  m.impl("stack_infer", TORCH_BOX(&stack_infer));
   m.impl("layer_forward", TORCH_BOX(&layer_forward));
   m.impl("layer_backward", TORCH_BOX(&layer_backward<false>));
   m.impl("layer_backward_", TORCH_BOX(&layer_backward<true>));

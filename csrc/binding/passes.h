@@ -25,10 +25,10 @@ inline void multiply_input(const Layer& layer, int d, Range rows, const Tensor& 
 
 // Zeroes the rows behind those of the timesteps, where the host knows them. t: [matrices, N,
 // columns].
-inline void zero_known_tail(const Layer& layer, const Tensor& t, int64_t matrices,
+inline void zero_known_tail(const Sequences& batch, const Tensor& t, int64_t matrices,
                             int64_t columns) {
   for (int64_t m = 0; m < matrices; ++m) {
-    Tensor tail = vector(t, (layer.N - layer.rows) * columns, (m * layer.N + layer.rows) * columns);
+    Tensor tail = vector(t, (batch.N - batch.rows) * columns, (m * batch.N + batch.rows) * columns);
     torch::stable::zero_(tail);
   }
 }

@@ -40,16 +40,18 @@ STABLE_TORCH_LIBRARY(rnn_fused, m) {
       "float? cell_clip, float? grad_clip_value, str kernels, bool allow_tf32, bool save_gates, "
       "bool save_cells) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
-  // The same without anything saved, on the CPU, with weights packed once for many calls: packed
-  // [D, values], whose layout is that of this processor's instructions.
+  // All layers of a stack, without anything saved, on the CPU: each layer's weights and biases were
+  // packed once for many calls, [D, values], in a layout that is that of this processor's
+  // instructions. States are those of all layers, [L*D, B, ...]; hidden_size and output_size are H
+  // and P.
   m.def(
-      "pack_weights(Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] weight_hr, str cell) -> "
-      "Tensor");
+      "pack_weights(Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, "
+      "Tensor[] weight_hr, str cell) -> Tensor");
   m.def(
-      "layer_infer(Tensor input, Tensor? hx, Tensor? cx, Tensor? reset_hx, Tensor? reset_cx, "
-      "Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, "
-      "Tensor[] weight_hr, Tensor? sizes, Tensor? resets, str cell, float gate_slope, "
-      "float? cell_clip, Tensor packed) -> (Tensor output, Tensor h_n, Tensor c_n)");
+      "stack_infer(Tensor input, Tensor? hx, Tensor? cx, Tensor? reset_hx, Tensor? reset_cx, "
+      "Tensor[] packed, Tensor? sizes, Tensor? resets, str cell, int hidden_size, "
+      "int output_size, float gate_slope, float? cell_clip) "
+      "-> (Tensor output, Tensor h_n, Tensor c_n)");
   // -> the gradients, with shape [0] where not needed; grad_weights in the order of the arguments.
   // layer_backward_ leaves the gradients of the pre-activations in the place of gates: the memory
   // of one such tensor less.

@@ -26,6 +26,10 @@ enum class Cell { lstm, gru, rnn_tanh, rnn_relu };
 // Storage type. Maths and accumulation happen in float for the 16-bit types.
 enum class DType { f32, f64, bf16, f16 };
 
+RNN_FUSED_HD constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
 struct Range {
   int64_t begin, end;
 };
@@ -129,7 +133,7 @@ struct ForwardDirection : DirectionWeights {
   void* output;  // [N, output_stride], this direction's first column
   void* h_n;     // [B, P]
   void* c_n;     // [B, H]; LSTM only
-  // The weights as cpu_pack_weights left them, or null. On the CPU only.
+  // The weights and biases as cpu_pack_weights left them, or null. On the CPU only.
   const void* packed = nullptr;
 };
 
@@ -188,7 +192,7 @@ struct PackParams {
   Cell cell;
   DType dtype;
   int64_t I, H, P;
-  const void *weight_ih, *weight_hh, *weight_hr;  // as in ForwardDirection
+  const void *weight_ih, *weight_hh, *weight_hr, *bias_ih, *bias_hh;  // as in ForwardDirection
 };
 
 // The activated gates of some rows of one direction of an LSTM or GRU, from the h's of its forward

@@ -42,6 +42,18 @@ void cpu_forward(Isa isa, const ForwardParams& params, const Host& host) {
   run<ForwardParams>(RNN_FUSED_KERNEL(forward), params, host);
 }
 
+void cpu_forward_stack(Isa isa, const ForwardParams* layers, int64_t count, const Host& host) {
+  const int64_t parts = plan_stack(layers[0], count, host.threads);
+  if (parts == 1) {
+    for (int64_t l = 0; l < count; ++l) cpu_forward(isa, layers[l], host);
+    return;
+  }
+  Plan plan;
+  plan.window = kTimestepsBehind;
+  const Range rows = {0, layers[0].B};
+  RNN_FUSED_KERNEL(forward_stack)({layers, count, parts}, {plan, &rows}, host);
+}
+
 void cpu_backward(Isa isa, const BackwardParams& params, const Host& host) {
   run<BackwardParams>(RNN_FUSED_KERNEL(backward), params, host);
 }

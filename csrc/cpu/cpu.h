@@ -10,6 +10,10 @@ namespace rnn_fused {
 
 // T, B, N and H at least 1. Throws nothing but std::bad_alloc, before any output is written.
 void cpu_forward(Isa isa, const ForwardParams& params, const Host& host);
+// Layers whose weights are packed, the output of each the input of the next: one after the other,
+// or side by side, each some timesteps behind the one below. The output of every other layer may
+// have the same place.
+void cpu_forward_stack(Isa isa, const ForwardParams* layers, int64_t count, const Host& host);
 void cpu_backward(Isa isa, const BackwardParams& params, const Host& host);
 void cpu_gates(Isa isa, const GatesParams& params, const Host& host);
 void cpu_input_gradient(Isa isa, const InputGradientParams& params, const Host& host);
@@ -23,10 +27,17 @@ struct Schedule : Plan {
   const Range* rows;  // [directions, row_parts]
 };
 
+// Layers of a stack, and how many parts of it run side by side.
+struct Stack {
+  const ForwardParams* layers;
+  int64_t count, parts;
+};
+
 // One set per instruction set, defined in isa_*.cpp.
 #define RNN_FUSED_DECLARE_ISA(name)                                                        \
   namespace name {                                                                         \
   void forward(const ForwardParams& params, const Schedule& schedule, const Host& host);   \
+  void forward_stack(const Stack& stack, const Schedule& schedule, const Host& host);      \
   void backward(const BackwardParams& params, const Schedule& schedule, const Host& host); \
   void gates(const GatesParams& params, const Host& host);                                 \
   void input_gradient(const InputGradientParams& params, const Host& host);                \

@@ -44,9 +44,11 @@ class Forward {
   }
 
   void run() {
-    run_team(p_, {0, p_.T}, schedule_, host_, dir_[0].weights.panel_count(), *this);
-    for (int d = 0; d < p_.directions; ++d) write_final_state(d);
+    run_team(p_, {0, p_.T}, schedule_, host_, panel_count(), *this);
+    write_final_states();
   }
+
+  int64_t panel_count() const { return dir_[0].weights.panel_count(); }
 
   void pack(int d, Range panels) {
     dir_[d].input.pack(panels);
@@ -87,6 +89,11 @@ class Forward {
     sync();
   }
 
+  // The state of each sequence after its own last step.
+  void write_final_states() const {
+    for (int d = 0; d < p_.directions; ++d) write_final_state(d);
+  }
+
  private:
   struct Row {
     int64_t row, place;  // the packed one, and the caller's
@@ -102,6 +109,10 @@ class Forward {
     Direction& dir = dir_[d];
     static_cast<ForwardDirection&>(dir) = p_.direction[d];
     const PackedWeights<T, kCell> packed(dir.packed, p_.I, p_.H, p_.P);
+    if (dir.packed) {
+      dir.bias_ih = packed.bias_ih;
+      dir.bias_hh = packed.bias_hh;
+    }
     dir.input = Input(p_, dir, schedule_, packed.ih);
     dir.weights = Gate(dir.weight_hh, p_.H, p_.P, schedule_.pack, 0, packed.hh);
     for (auto& h : dir.h) {
@@ -203,7 +214,6 @@ class Forward {
       emit(dir, at, column + j, load(h + j), h_next);
   }
 
-  // The state of each sequence after its own last step.
   void write_final_state(int d) const {
     const Direction& dir = dir_[d];
     const T* output = static_cast<const T*>(dir.output);

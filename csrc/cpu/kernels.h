@@ -6,12 +6,13 @@
 #include "csrc/cpu/gates.h"
 #include "csrc/cpu/input_gradient.h"
 #include "csrc/cpu/outer_product.h"
+#include "csrc/cpu/wavefront.h"
 
 namespace rnn_fused::RNN_FUSED_ISA {
 
 template <template <class, Cell> class Loop, class T, class Params>
-void run_cell(const Params& params, const Schedule& schedule, const Host& host) {
-  switch (params.cell) {
+void run_cell(Cell cell, const Params& params, const Schedule& schedule, const Host& host) {
+  switch (cell) {
     case Cell::lstm: return Loop<T, Cell::lstm>(params, schedule, host).run();
     case Cell::gru: return Loop<T, Cell::gru>(params, schedule, host).run();
     case Cell::rnn_tanh: return Loop<T, Cell::rnn_tanh>(params, schedule, host).run();
@@ -36,12 +37,18 @@ void with_type(DType dtype, [[maybe_unused]] bool split, const Body& body) {
 
 void forward(const ForwardParams& params, const Schedule& schedule, const Host& host) {
   with_type(params.dtype, params.split,
-            [&](auto t) { run_cell<Forward, decltype(t)>(params, schedule, host); });
+            [&](auto t) { run_cell<Forward, decltype(t)>(params.cell, params, schedule, host); });
+}
+
+void forward_stack(const Stack& stack, const Schedule& schedule, const Host& host) {
+  with_type(stack.layers->dtype, false, [&](auto t) {
+    run_cell<Wavefront, decltype(t)>(stack.layers->cell, stack, schedule, host);
+  });
 }
 
 void backward(const BackwardParams& params, const Schedule& schedule, const Host& host) {
   with_type(params.dtype, params.split,
-            [&](auto t) { run_cell<Backward, decltype(t)>(params, schedule, host); });
+            [&](auto t) { run_cell<Backward, decltype(t)>(params.cell, params, schedule, host); });
 }
 
 template <class T, Cell kCell>
@@ -57,6 +64,15 @@ int64_t pack(const PackParams& p, void* out) {
       packed.ih);
   put(typename Packed::Gate(p.weight_hh, p.H, p.P, true), packed.hh);
   if (packed.hr) put(typename Packed::Projection(p.weight_hr, p.P, p.H, true), packed.hr);
+  const auto put_bias = [&](const void* bias, const T* to) {
+    const int64_t count = gate_count(kCell) * p.H;
+    if (bias)
+      std::copy_n(static_cast<const T*>(bias), count, const_cast<T*>(to));
+    else
+      std::fill_n(const_cast<T*>(to), count, T{});
+  };
+  put_bias(p.bias_ih, packed.bias_ih);
+  put_bias(p.bias_hh, packed.bias_hh);
   return packed.size;
 }
 

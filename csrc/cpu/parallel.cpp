@@ -14,6 +14,16 @@ void pause() {
 #endif
 }
 
+template <class Done>
+void spin_until(const Done& done) {
+  for (int spins = 0; !done(); ++spins) {
+    if (spins < kSpins)
+      pause();
+    else
+      std::this_thread::yield();  // somebody else needs this core
+  }
+}
+
 }  // namespace
 
 void Barrier::arrive_and_wait(int64_t parts) {
@@ -23,12 +33,11 @@ void Barrier::arrive_and_wait(int64_t parts) {
     phase_.store(phase + 1, std::memory_order_release);
     return;
   }
-  for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-    if (spins < kSpins)
-      pause();
-    else
-      std::this_thread::yield();  // somebody else needs this core
-  }
+  spin_until([&] { return phase_.load(std::memory_order_acquire) != phase; });
+}
+
+void Progress::wait_for(int64_t count) const {
+  spin_until([&] { return done_.load(std::memory_order_acquire) >= count; });
 }
 
 }  // namespace rnn_fused

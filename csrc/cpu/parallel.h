@@ -31,4 +31,14 @@ class Barrier {
   alignas(64) std::atomic<uint32_t> phase_{0};
 };
 
+// How far one thread is, for another that comes behind it.
+class Progress {
+ public:
+  void advance_to(int64_t count) { done_.store(count, std::memory_order_release); }
+  void wait_for(int64_t count) const;
+
+ private:
+  alignas(64) std::atomic<int64_t> done_{0};
+};
+
 }  // namespace rnn_fused

@@ -25,6 +25,17 @@ Plan plan_layer(const LayerShape& s, int threads) {
   return plan;
 }
 
+int64_t plan_stack(const LayerShape& s, int64_t layers, int threads) {
+  const int64_t parts = std::min<int64_t>(layers, threads);
+  const double work = static_cast<double>(gate_count(s.cell)) * s.H * s.P * s.B * s.T * layers;
+  if (parts < 2 || s.directions > 1 || s.batch_sizes || work < kWorkToRepayThreads) return 1;
+  // The upper parts begin late, and the lower ones end early.
+  const int64_t chunks = (s.T + kTimestepsBehind - 1) / kTimestepsBehind;
+  const Plan plan = plan_layer(s, threads);
+  const double speedup = static_cast<double>(parts) * chunks / (chunks + parts - 1);
+  return plan.unit_parts == 1 && speedup > plan.row_parts ? parts : 1;
+}
+
 std::vector<Range> balanced_rows(const LayerShape& s, Range timesteps, int64_t parts) {
   std::vector<Range> ranges;
   if (!s.batch_sizes) {

@@ -1,6 +1,7 @@
 // How the CPU runs a layer: packed weights or not, and which thread does what.
 #pragma once
 
+#include <limits>
 #include <vector>
 
 #include "csrc/core/params.h"
@@ -19,6 +20,8 @@ struct Plan {
   // hidden units are, with a barrier every step.
   int64_t row_parts = 1;
   int64_t unit_parts = 1;
+  // Most timesteps for which the input is multiplied at a time.
+  int64_t window = std::numeric_limits<int64_t>::max();
 };
 
 // Whether a layer rearranges its weights, which decides the order of its sums.
@@ -34,6 +37,11 @@ inline bool can_split(const LayerShape& shape) {
 
 // A pure function of the layer's shape.
 Plan plan_layer(const LayerShape& shape, int threads);
+
+// In how many parts, of some layers each, a stack of such layers runs: at the same time, each part
+// kTimestepsBehind behind the one below. 1: layer after layer.
+constexpr int64_t kTimestepsBehind = 8;
+int64_t plan_stack(const LayerShape& shape, int64_t layers, int threads);
 
 // Splits the sequences into ranges of nearly equal work in these timesteps.
 std::vector<Range> balanced_rows(const LayerShape& shape, Range timesteps, int64_t parts);

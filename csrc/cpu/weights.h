@@ -146,23 +146,26 @@ using GateWeights =
     Weights<T, kCell == Cell::gru ? 3 : 4,
             kCell == Cell::lstm || kCell == Cell::gru ? Layout::gates : Layout::transposed>;
 
-// The packed weights of one direction, one after the other.
+// The packed weights of one direction, one after the other, and its biases as they are.
 template <class T, Cell kCell>
 struct PackedWeights {
   using Gate = GateWeights<T, kCell>;
   using Projection = Weights<T, 4, Layout::transposed>;
 
-  const T *ih = nullptr, *hh = nullptr, *hr = nullptr;
+  const T *ih = nullptr, *hh = nullptr, *hr = nullptr, *bias_ih = nullptr, *bias_hh = nullptr;
   int64_t size = 0;
 
   PackedWeights(const void* first, int64_t I, int64_t H, int64_t P) {
     const T* const packed = static_cast<const T*>(first);
     const int64_t ih_size = Gate::size(H, I), hh_size = Gate::size(H, P);
-    size = ih_size + hh_size + (P != H ? Projection::size(P, H) : 0);
+    const int64_t hr_size = P != H ? Projection::size(P, H) : 0, biases = gate_count(kCell) * H;
+    size = ih_size + hh_size + hr_size + 2 * biases;
     if (!packed) return;
     ih = packed;
-    hh = packed + ih_size;
+    hh = ih + ih_size;
     if (P != H) hr = hh + hh_size;
+    bias_ih = hh + hh_size + hr_size;
+    bias_hh = bias_ih + biases;
   }
 };
 

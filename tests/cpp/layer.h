@@ -4,6 +4,7 @@
 #include <doctest/doctest.h>
 
 #include <ostream>
+#include <span>
 
 #include "csrc/cpu/cpu.h"
 #include "tests/cpp/names.h"
@@ -195,23 +196,46 @@ inline Forward run_forward(Isa isa, const Layer& l, const Host& host, bool save,
                      [&](const ForwardParams& params) { cpu_forward(isa, params, host); });
 }
 
-// With weights that were packed before, and nothing saved.
+// The same params with weights that were packed before, into `packed`.
+inline ForwardParams pack(Isa isa, ForwardParams params, Array (&packed)[2]) {
+  params.split = false;  // panels never are
+  for (int d = 0; d < params.directions; ++d) {
+    ForwardDirection& w = params.direction[d];
+    const PackParams weights{params.cell, params.dtype, params.I,    params.H,  params.P,
+                             w.weight_ih, w.weight_hh,  w.weight_hr, w.bias_ih, w.bias_hh};
+    packed[d] = Array(params.dtype, cpu_pack_weights(isa, weights, nullptr));
+    CHECK(cpu_pack_weights(isa, weights, packed[d].at(0)) == packed[d].size());
+    w.packed = packed[d].at(0);
+    // Nothing else of them is read.
+    w.weight_ih = w.weight_hh = w.weight_hr = w.bias_ih = w.bias_hh = nullptr;
+  }
+  return params;
+}
+
+// With packed weights, and nothing saved.
 inline Forward run_packed(Isa isa, const Layer& l, const Host& host) {
   Array packed[2];
-  return run_forward(l, false, nullptr, [&](ForwardParams params) {
-    params.split = false;  // panels never are
-    for (int d = 0; d < l.directions; ++d) {
-      const ForwardDirection& w = params.direction[d];
-      const PackParams weights{l.cell, l.dtype,     l.I,         l.H,
-                               l.P,    w.weight_ih, w.weight_hh, w.weight_hr};
-      packed[d] = Array(l.dtype, cpu_pack_weights(isa, weights, nullptr));
-      CHECK(cpu_pack_weights(isa, weights, packed[d].at(0)) == packed[d].size());
-      params.direction[d].packed = packed[d].at(0);
-      // Nothing else of them is read.
-      params.direction[d].weight_ih = params.direction[d].weight_hh = nullptr;
-    }
-    cpu_forward(isa, params, host);
+  return run_forward(l, false, nullptr, [&](const ForwardParams& params) {
+    cpu_forward(isa, pack(isa, params, packed), host);
   });
+}
+
+// The results of every layer of a stack, from the last to the first. `below`: of the layers before.
+inline std::vector<Forward> run_stack(Isa isa, std::span<const Layer> layers, const Host& host,
+                                      std::vector<ForwardParams> below = {}) {
+  if (layers.empty()) {
+    cpu_forward_stack(isa, below.data(), static_cast<int64_t>(below.size()), host);
+    return {};
+  }
+  std::vector<Forward> results;
+  Array packed[2];
+  Forward first = run_forward(layers[0], false, nullptr, [&](ForwardParams params) {
+    if (!below.empty()) params.input = below.back().direction[0].output;
+    below.push_back(pack(isa, params, packed));
+    results = run_stack(isa, layers.subspan(1), host, below);
+  });
+  results.push_back(std::move(first));
+  return results;
 }
 
 // Of an LSTM or GRU: the gates of every row, from its h's.

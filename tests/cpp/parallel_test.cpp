@@ -91,6 +91,69 @@ TEST_CASE("threads that divide the hidden units in lockstep change no bit") {
   check_same_bits({Cell::gru, DType::f32, 160, 1, 19, 160}, true);
 }
 
+// The stack layer by layer, each with the input that the one below left.
+std::vector<Forward> run_in_turn(Isa isa, std::vector<Layer> layers) {
+  std::vector<Forward> results;
+  for (Layer& l : layers) {
+    if (!results.empty()) l.input = results.back().output;
+    results.push_back(run_packed(isa, l, kOneThread));
+  }
+  std::reverse(results.begin(), results.end());
+  return results;
+}
+
+void check_stack(Sizes sizes, size_t count, bool side_by_side) {
+  CAPTURE(sizes);
+  CAPTURE(count);
+  sizes.gap = 0;  // one layer's output is the next one's input
+  std::vector<Layer> layers;
+  for (size_t l = 0; l < count; ++l) {
+    layers.emplace_back(sizes, l);
+    // The same sequences.
+    layers[l].N = layers[0].N;
+    layers[l].lengths = layers[0].lengths;
+    layers[l].active = layers[0].active;
+    layers[l].starts = layers[0].starts;
+    layers[l].reset_flags = layers[0].reset_flags;
+    sizes.I = sizes.directions * (sizes.P ? sizes.P : sizes.H);
+  }
+  for (Isa isa : two_isas()) {
+    CAPTURE(isa);
+    const std::vector<Forward> expected = run_in_turn(isa, layers);
+    CHECK(run_stack(isa, layers, kOneThread) == expected);
+    for (const auto& [name, host] : kHosts) {
+      CAPTURE(name);
+      const auto layers_in_all = static_cast<int64_t>(count);
+      REQUIRE((plan_stack(layers[0].shape(), layers_in_all, host.threads) > 1) == side_by_side);
+      CHECK(run_stack(isa, layers, host) == expected);
+    }
+  }
+}
+
+TEST_CASE("layers of a stack side by side change no bit") {
+  for (DType dtype : kDTypes)
+    for (Cell cell : kCells) {
+      Sizes sizes{cell, dtype, 8 * kTimestepsBehind + 3, 1, 5, 96};
+      check_stack(sizes, 3, true);
+      sizes.resets = sizes.options = true;
+      check_stack(sizes, 5, true);
+    }
+  Sizes sizes{Cell::lstm, DType::bf16, 100, 1, 30, 100, 33};
+  check_stack(sizes, 4, true);
+}
+
+TEST_CASE("other stacks run layer after layer") {
+  const Sizes few_steps{Cell::gru, DType::f32, kTimestepsBehind, 1, 120, 120};
+  check_stack(few_steps, 2, false);
+  Sizes both_directions{Cell::gru, DType::f32, 100, 1, 60, 60, 0, 2};
+  check_stack(both_directions, 3, false);
+  Sizes ragged{Cell::lstm, DType::f32, 30, 9, 60, 60};
+  ragged.ragged = true;
+  check_stack(ragged, 2, false);
+  const Sizes many_sequences{Cell::lstm, DType::f32, 30, 9, 60, 60};
+  check_stack(many_sequences, 2, false);
+}
+
 TEST_CASE("threads that divide the large products change no bit") {
   Random random(1);
   const int64_t N = 130, K = 70, I = 50;
@@ -174,6 +237,10 @@ TEST_CASE("a plan divides sequences or units but never more than there are") {
     CHECK((plan.row_parts >= 1 && plan.row_parts <= std::min<int64_t>(threads, shape.B)));
     CHECK((plan.unit_parts >= 1 && plan.unit_parts <= std::min<int64_t>(threads, shape.H)));
     CHECK((plan.unit_parts == 1 || !shape.projected()));
+    const int64_t layers = random.integer(1, 6), parts = plan_stack(shape, layers, threads);
+    CHECK((parts >= 1 && parts <= std::min<int64_t>(threads, layers)));
+    // Layers side by side are for what a layer by itself leaves idle.
+    CHECK((parts == 1 || (parts > plan.row_parts && plan.unit_parts == 1)));
     // The weights' layout may change the order of sums, so that threads must not choose it.
     CHECK(plan.pack == plan_layer(shape, 1).pack);
   }
