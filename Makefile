@@ -69,8 +69,12 @@ emulate-tsan: SANITIZE = thread
 # Its fibers take gigabytes.
 emulate-tsan: MAX_TESTS = 1
 MAX_TESTS = $(MAX_JOBS)
+# The CPU core is what results are compared with: that of the C++ tests, without sanitizers.
 emulate-plain emulate-asan emulate-tsan:
+	cmake -S . -B build/cmake
+	cmake --build build/cmake --target rnn_fused_core --parallel $(MAX_JOBS)
 	cmake -S . -B build/$@ -DRNN_FUSED_TESTS=OFF -DRNN_FUSED_EMULATION=ON \
+	    -DRNN_FUSED_CORE=$(abspath build/cmake/librnn_fused_core.a) \
 	    -DRNN_FUSED_SANITIZE=$(SANITIZE)
 	cmake --build build/$@ --target emulation --parallel $(MAX_JOBS)
 	ctest --test-dir build/$@ --output-on-failure --no-tests=error --parallel $(MAX_TESTS)

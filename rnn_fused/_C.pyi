@@ -31,3 +31,13 @@ def plan_cuda(
     gpu: tuple[int, int, int, int, int],
     backward: bool,
 ) -> dict[str, Any]: ...
+def plan_cluster(
+    cell: str,
+    dtype: str,
+    T: int,
+    B: int,
+    H: int,
+    P: int,
+    directions: int,
+    gpu: tuple[int, int, int, int, int],
+) -> dict[str, Any]: ...

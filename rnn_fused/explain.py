@@ -147,11 +147,20 @@ def _cuda(layer: _Layer, gpu: Gpu, dtype: torch.dtype) -> list[str]:
         ]
     tf32 = dtype == torch.float32 and families.allows_tf32()
     lines = [f"  on {gpu.name} (sm_{gpu.compute_capability}, {gpu.sm_count} SMs)"]
-    if families.forced() != "auto":
+    if families.forced() not in ("auto", "cluster"):
         lines.append(f"  forced: {families.forced()}; the plan would be")
     for name, backward in (("forward", False), ("backward", True)):
-        plan = _C.plan_cuda(*layer, tf32, limits, backward)
-        if plan["family"] == "persistent":
+        if families.forced() == "cluster" and not backward:
+            plan = _C.plan_cluster(*layer, limits)
+        else:
+            plan = _C.plan_cuda(*layer, tf32, limits, backward)
+        if plan["family"] == "cluster":
+            how = (
+                f"clusters: {plan['blocks'] // plan['cluster']} of {plan['cluster']} blocks of "
+                f"{plan['units']} hidden units, {plan['batch_tile']} sequences each, weights in "
+                f"registers, {plan['shared_bytes']} bytes of shared memory{', TF32' * tf32}"
+            )
+        elif plan["family"] == "persistent":
             runs, resident = plan["k_blocks"], plan["register_blocks"]
             memory = f", the last {runs - resident} in shared memory" * (runs > resident)
             how = (

@@ -89,6 +89,15 @@ class Variant:
         return ["-", "-"]
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """Which kernel of clusters, forward."""
+
+    policy: str  # a value of POLICIES
+    cell: str
+    aligned: bool
+
+
 def blocks_of_registers(registers: int, warps: int) -> int:
     """Blocks for which an SM has registers; a warp gets them in units of 256."""
     return H100.registers_per_sm // (-(-registers * 32 // 256) * 256 * warps)
@@ -135,6 +144,12 @@ def readable(kernels: Kernels) -> Kernels:
     return short
 
 
+def cluster_of(name: str) -> Cluster | None:
+    """Of a readable name; None for a kernel that is not one of clusters."""
+    match = re.fullmatch(r"cluster_forward_kernel<(.+), (\w+), (\w+)>", name)
+    return Cluster(POLICIES[match[1]], match[2], match[3] == "true") if match else None
+
+
 def variant_of(name: str) -> Variant | None:
     """Of a readable name; None for a kernel that is not persistent."""
     match = re.fullmatch(r"(\w+)_kernel<(.+), (\w+), (\d+), (\w+)>", name)
@@ -154,14 +169,19 @@ def broken_rules(kernels: Kernels, archs: list[str]) -> Iterator[str]:
         if sorted(codes) != sorted(archs):
             yield f"{variant or name}: must be compiled for {archs}, got {[*codes]}"
         for arch, code in codes.items():
-            for rule in broken_rules_of(code, variant):
+            # On sm_80, without clusters, the kernel is empty.
+            cluster = None if arch.startswith("sm_8") else cluster_of(name)
+            for rule in broken_rules_of(code, variant or cluster):
                 yield f"{variant or name}, {arch}: {rule}"
 
 
-def broken_rules_of(code: Code, variant: Variant | None) -> Iterator[str]:
+def broken_rules_of(code: Code, variant: Variant | Cluster | None) -> Iterator[str]:
     if code.local:
         yield f"must have no stack and spill nothing, got {code.local} bytes of local memory"
     if variant is None:
+        return
+    yield from broken_rules_of_products(code, variant)
+    if isinstance(variant, Cluster):
         return
     promised, warps = variant.promise()
     blocks = blocks_of_registers(code.registers, warps)
@@ -170,6 +190,9 @@ def broken_rules_of(code: Code, variant: Variant | None) -> Iterator[str]:
             f"an SM must have registers for {promised} blocks, got {code.registers} of a thread, "
             f"which leaves room for {blocks}"
         )
+
+
+def broken_rules_of_products(code: Code, variant: Variant | Cluster) -> Iterator[str]:
     if variant.policy != "f32":
         if code.tensor == 0:
             yield "must multiply in the tensor cores, got none of their instructions"

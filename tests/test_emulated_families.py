@@ -67,15 +67,16 @@ def run(args: list[Any], call: Call, recompute: bool = False) -> list[torch.Tens
 @pytest.mark.parametrize("cell", GATES)
 def test_families_agree(cell: str, dtype: torch.dtype, plain: bool) -> None:
     args, options = arguments(cell, dtype), PLAIN if plain else options_of(cell)
-    calls = [Call(cell, options, kernels) for kernels in ("persistent", "stepwise", "auto")]
-    persistent, stepwise, auto = (run(args, call) for call in calls)
+    families = "persistent", "stepwise", "cluster", "auto"
+    persistent, *others, auto = (run(args, Call(cell, options, family)) for family in families)
     tolerance = 64 * torch.finfo(dtype).eps
-    for a, b in zip(persistent, stepwise, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    for other in others:
+        for a, b in zip(persistent, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     assert all(torch.equal(a, b) for a, b in zip(auto, persistent, strict=True))
 
 
-@pytest.mark.parametrize("kernels", ["persistent", "stepwise"])
+@pytest.mark.parametrize("kernels", ["persistent", "stepwise", "cluster"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_rebuilt_gates_are_those_of_the_forward_pass(
@@ -89,7 +90,7 @@ def test_rebuilt_gates_are_those_of_the_forward_pass(
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("kernels", ["persistent", "stepwise"])
+@pytest.mark.parametrize("kernels", ["persistent", "stepwise", "cluster"])
 @pytest.mark.parametrize("cell", GATES)
 @pytest.mark.parametrize("recompute", [False, True], ids=["gates", "recompute"])
 def test_a_tail_and_idle_sequences(
@@ -135,14 +136,15 @@ def test_tf32_rounds_the_factors() -> None:
         ({"dtype": torch.float32, "P": 5}, "a projection, P = 5"),
     ],
 )
-def test_a_family_that_cannot_run_says_why(args: dict[str, Any], why: str) -> None:
-    layer, persistent = arguments("lstm", **args), Call("lstm", kernels="persistent")
-    with pytest.raises(RuntimeError, match=rf"^\[lstm\] the persistent kernels cannot .*: {why}"):
-        library.layer_forward(*layer, *persistent.arguments, True, True)
+@pytest.mark.parametrize("kernels", ["persistent", "cluster"])
+def test_a_family_that_cannot_run_says_why(args: dict[str, Any], why: str, kernels: str) -> None:
+    layer, forced = arguments("lstm", **args), Call("lstm", kernels=kernels)
+    with pytest.raises(RuntimeError, match=rf"^\[lstm\] the {kernels} kernels cannot .*: {why}"):
+        library.layer_forward(*layer, *forced.arguments, True, True)
     assert library.layer_forward(*layer, *Call("lstm").arguments, True, True)[0].isfinite().all()
 
 
 def test_an_unknown_family_is_an_error() -> None:
     layer = arguments("gru", torch.float32)
-    with pytest.raises(RuntimeError, match="must be auto, stepwise or persistent, got 'cudnn'"):
+    with pytest.raises(RuntimeError, match="persistent or cluster, got 'cudnn'"):
         library.layer_forward(*layer, *Call("gru", kernels="cudnn").arguments, True, True)

@@ -48,6 +48,17 @@ def test_explains_where_weights_are_that_registers_have_no_room_for() -> None:
     assert text.count(f"persistent: {how} (8 warps, 8 runs each, the last 5 in shared memory)") == 2
 
 
+def test_explains_clusters() -> None:
+    layer = rnn_fused.LSTM(8, 200, dtype=torch.bfloat16, bidirectional=True)
+    with rnn_fused.kernels("cluster"):
+        text = rnn_fused.explain(layer, T=10, B=300, device="H100")
+        how = "forward: clusters: 20 of 13 blocks of 16 hidden units, 32 sequences each, weights in"
+        assert how in text
+        assert "backward: persistent" in text
+        text = rnn_fused.explain(layer, T=10, B=16, device="A100")
+        assert "forward: stepwise: compute capability at least 90 is needed, got 80" in text
+
+
 def test_a_small_gpu_runs_small_layers_only() -> None:
     gpu = rnn_fused.Gpu("small", 86, 4, 65536, 100 << 10, 99 << 10)
     assert "persistent" in rnn_fused.explain(rnn_fused.GRU(8, 32), 10, 8, device=gpu)

@@ -70,6 +70,7 @@ arch = sm_90a
 		..........
 """
 VARIANT = "forward_kernel<{}, {}, {}, true>"
+CLUSTER = "cluster_forward_kernel<Mma<__half>, gru, true>"
 
 
 def test_reads_what_cuobjdump_prints() -> None:
@@ -105,11 +106,21 @@ def healthy() -> Kernels:
     }
     kernels[VARIANT.format("Ffma", "rnn_tanh", 1)] = {"sm_80": Code(255, 0, 0, ffma=32)}
     kernels["forward_step<double, gru>"] = {"sm_80": Code(40, 0, 0)}
+    kernels[CLUSTER] = {"sm_90a": Code(200, 0, 0, tensor=8), "sm_80": Code(8, 0, 0)}
     return kernels
 
 
 def test_healthy_kernels_break_no_rule() -> None:
-    assert list(broken_rules(healthy(), ["sm_80"])) == []
+    kernels = healthy()
+    assert list(broken_rules({CLUSTER: kernels.pop(CLUSTER)}, ["sm_80", "sm_90a"]))[1:] == []
+    assert list(broken_rules(kernels, ["sm_80"])) == []
+
+
+def test_kernels_of_clusters_multiply_in_the_tensor_cores() -> None:
+    kernels = {CLUSTER: healthy()[CLUSTER]}
+    kernels[CLUSTER]["sm_90a"].tensor = 0
+    _, broken = broken_rules(kernels, ["sm_80", "sm_90a"])
+    assert broken.startswith(f"{CLUSTER}, sm_90a: must multiply in the tensor cores, got none")
 
 
 BF16, EXACT = VARIANT.format("Mma<__nv_bfloat16>", "lstm", 1), VARIANT.format("Ffma", "rnn_tanh", 1)
@@ -129,6 +140,7 @@ BF16_NAME, EXACT_NAME = "forward LSTM bf16, 1 k-block, aligned", "forward RNN f3
 )
 def test_broken_rule(kernel: str, field: str, value: int, message: str) -> None:
     kernels = healthy()
+    del kernels[CLUSTER]
     setattr(kernels[kernel]["sm_80"], field, value)
     (broken,) = broken_rules(kernels, ["sm_80"])
     assert broken.startswith(message)
@@ -136,11 +148,12 @@ def test_broken_rule(kernel: str, field: str, value: int, message: str) -> None:
 
 def test_missing_kernels() -> None:
     kernels = healthy()
+    del kernels[CLUSTER]
+    broken_archs = list(broken_rules(kernels, ["sm_80", "sm_120"]))
+    assert len(broken_archs) == len(kernels)
     del kernels[EXACT]
     (broken,) = broken_rules(kernels, ["sm_80"])
     assert broken == "there must be persistent kernels of every policy, got none of ['f32']"
-    broken_archs = list(broken_rules(healthy(), ["sm_80", "sm_120"]))
-    assert len(broken_archs) == len(healthy())
     assert "must be compiled for ['sm_80', 'sm_120'], got ['sm_80']" in broken_archs[0]
 
 

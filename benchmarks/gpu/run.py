@@ -333,7 +333,8 @@ class Run:
         command = [self.python, "-m", "rnn_fused.bench", "--device", "cuda"]
         command += ["--output", str(self.out)]
         if self.options.full:
-            command += ["--grid", *FULL_GRIDS, "--families", "stepwise", "persistent", "cudnn"]
+            families = ["stepwise", "persistent", "cluster", "cudnn"]
+            command += ["--grid", *FULL_GRIDS, "--families", *families]
         if self.options.budget_s is not None:
             command += ["--seconds", f"{max(limit - BENCH_ENDS_S, 1):.0f}"]
         begin = time.time()

@@ -77,17 +77,19 @@ py::dict cpu_plan(const std::string& cell, const std::string& dtype, int64_t T, 
   return result;
 }
 
-// gpu: the fields of GpuProperties.
-py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B,
-                   int64_t H, int64_t P, int directions, bool allow_tf32,
-                   const std::tuple<int, int, int64_t, int64_t, int64_t>& gpu, bool backward) {
+// The fields of GpuProperties.
+using Gpu = std::tuple<int, int, int64_t, int64_t, int64_t>;
+
+GpuProperties properties(const Gpu& gpu) {
   const auto& [capability, sms, registers, shared, shared_of_block] = gpu;
-  const CudaPlan plan =
-      rnn_fused::plan_cuda(layer_shape(cell, dtype, T, B, H, P, directions),
-                           allow_tf32 ? Precision::tf32 : Precision::exact,
-                           {capability, sms, registers, shared, shared_of_block}, backward);
+  return {capability, sms, registers, shared, shared_of_block};
+}
+
+py::dict as_dict(const CudaPlan& plan) {
   py::dict result;
-  result["family"] = plan.family == Family::persistent ? "persistent" : "stepwise";
+  result["family"] = plan.family == Family::cluster      ? "cluster"
+                     : plan.family == Family::persistent ? "persistent"
+                                                         : "stepwise";
   result["units"] = plan.units;
   result["warps"] = plan.warps;
   result["k_blocks"] = plan.k_blocks;
@@ -95,9 +97,24 @@ py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T,
   result["launches"] = plan.launches;
   result["batch_tile"] = plan.batch_tile;
   result["blocks"] = plan.blocks;
+  result["cluster"] = plan.cluster;
   result["shared_bytes"] = plan.shared_bytes;
   result["why"] = plan.why;
   return result;
+}
+
+py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B,
+                   int64_t H, int64_t P, int directions, bool allow_tf32, const Gpu& gpu,
+                   bool backward) {
+  return as_dict(rnn_fused::plan_cuda(layer_shape(cell, dtype, T, B, H, P, directions),
+                                      allow_tf32 ? Precision::tf32 : Precision::exact,
+                                      properties(gpu), backward));
+}
+
+py::dict cluster_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B,
+                      int64_t H, int64_t P, int directions, const Gpu& gpu) {
+  return as_dict(
+      rnn_fused::plan_cluster(layer_shape(cell, dtype, T, B, H, P, directions), properties(gpu)));
 }
 
 }  // namespace
@@ -114,4 +131,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("selected_isa", [] { return std::string(rnn_fused::isa_name(rnn_fused::selected_isa())); });
   m.def("plan_cpu", &rnn_fused::cpu_plan);
   m.def("plan_cuda", &rnn_fused::cuda_plan);
+  m.def("plan_cluster", &rnn_fused::cluster_plan);
 }

@@ -76,16 +76,20 @@ Tensor workspace(const Layer& layer, int64_t bytes) {
 // The plan for a layer, as far as `kernels` leaves a choice.
 CudaPlan choose(const Layer& layer, const std::string& kernels, Precision precision,
                 bool backward) {
-  RNN_FUSED_CHECK(kernels == "auto" || kernels == "stepwise" || kernels == "persistent", "[",
-                  layer.name, "] kernels must be auto, stepwise or persistent, got '", kernels,
-                  "'");
+  constexpr std::array kFamilies = {"auto", "stepwise", "persistent", "cluster"};
+  RNN_FUSED_CHECK(std::ranges::find(kFamilies, kernels) != kFamilies.end(), "[", layer.name,
+                  "] kernels must be auto, stepwise, persistent or cluster, got '", kernels, "'");
   RNN_FUSED_CHECK(!layer.padded, "[", layer.name,
                   "] lengths of a padded batch are for tensors on the CPU; pack it instead");
   if (kernels == "stepwise") return {};
-  CudaPlan plan =
-      plan_cuda(layer.shape, precision, current_gpu(), backward, kernels == "persistent");
-  RNN_FUSED_CHECK(kernels == "auto" || plan.family == Family::persistent, "[", layer.name,
-                  "] the persistent kernels cannot run this layer: ", plan.why);
+  // Clusters run forward; any backward pass takes what they save.
+  const bool cluster = kernels == "cluster" && !backward;
+  const CudaPlan plan =
+      cluster ? plan_cluster(layer.shape, current_gpu())
+              : plan_cuda(layer.shape, precision, current_gpu(), backward, kernels == "persistent");
+  const bool forced = cluster || kernels == "persistent";
+  RNN_FUSED_CHECK(!forced || plan.family != Family::stepwise, "[", layer.name, "] the ", kernels,
+                  " kernels cannot run this layer: ", plan.why);
   return plan;
 }
 
@@ -124,7 +128,7 @@ void zero_tail(const Layer& layer, const Tensor& t, int64_t matrices, int64_t co
 
 void run_forward(const Layer& layer, const CudaPlan& plan, Precision precision,
                  const ForwardParams& params, cudaStream_t stream) {
-  if (plan.family == Family::persistent) {
+  if (plan.family != Family::stepwise) {
     const DeviceRows rows(layer, stream);
     const Tensor barrier = workspace(layer, kBarrierWords * sizeof(uint32_t));
     persistent_forward(plan, precision, rows.with(params),

@@ -12,12 +12,14 @@ namespace persistent {
 template <class Policy>
 void launch_forward(const CudaPlan&, const ForwardParams&, uint32_t*, cudaStream_t);
 template <class Policy>
+void launch_cluster_forward(const CudaPlan&, const ForwardParams&, cudaStream_t);
+template <class Policy>
 void launch_backward(const CudaPlan&, const BackwardParams&, uint32_t*, cudaStream_t);
 
 // Calls body.operator()<Policy>().
 template <class Body>
 void with_policy(const CudaPlan& plan, DType dtype, Precision precision, const Body& body) {
-  if (plan.family != Family::persistent || dtype == DType::f64)
+  if (plan.family == Family::stepwise || dtype == DType::f64)
     throw std::invalid_argument(
         "[persistent] needs a plan for the persistent kernels, got one for "
         "the stepwise ones: " +
@@ -33,7 +35,10 @@ void with_policy(const CudaPlan& plan, DType dtype, Precision precision, const B
 void persistent_forward(const CudaPlan& plan, Precision precision, const ForwardParams& params,
                         uint32_t* barrier, cudaStream_t stream) {
   persistent::with_policy(plan, params.dtype, precision, [&]<class Policy>() {
-    persistent::launch_forward<Policy>(plan, params, barrier, stream);
+    if (plan.family == Family::cluster)
+      persistent::launch_cluster_forward<Policy>(plan, params, stream);
+    else
+      persistent::launch_forward<Policy>(plan, params, barrier, stream);
   });
 }
 

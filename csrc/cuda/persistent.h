@@ -1,10 +1,10 @@
-// The persistent kernels: one cooperative launch for all timesteps, of all directions or of
-// each.
+// The persistent kernels: one cooperative launch for all timesteps, of all directions or of each;
+// or, forward, one of clusters.
 //
 // In the params, batch_sizes and row_start point to device memory, as every other pointer does.
 // input_in_gates is true: `gates` holds W_ih x on entry. Nothing here waits for the device, and all
-// launches may be captured in a graph. The plan is plan_cuda's for the same shape, precision and
-// pass, on the current device, with Family::persistent.
+// launches may be captured in a graph. The plan is plan_cuda's, or plan_cluster's, for the same
+// shape, precision and pass, on the current device, and not stepwise.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,7 +20,7 @@ namespace rnn_fused {
 constexpr int kBarrierStride = 32;
 constexpr int kBarrierWords = 2 * kBarrierStride;
 
-// barrier: [kBarrierWords], device memory, overwritten.
+// barrier: [kBarrierWords], device memory, overwritten; not used by clusters.
 void persistent_forward(const CudaPlan& plan, Precision precision, const ForwardParams& params,
                         uint32_t* barrier, cudaStream_t stream);
 

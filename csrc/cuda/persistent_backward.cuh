@@ -194,8 +194,12 @@ class Backward {
   // W_hh^T times the gradients of the pre-activations. Those of a GRU's n reach h through hn.
   __device__ __forceinline__ void multiply(Step now, int first) {
     product_.multiply(
-        pass_size(now.active, first, tile_), [&](int b) { return grad_gates(now.row + first + b); },
-        [&](int gate) { return (kGru && gate == 2 ? 3 : gate) * p_.H; },
+        pass_size(now.active, first, tile_),
+        [&](int b, int gate, int k) {
+          const T* const row =
+              grad_gates(now.row + first + b) + (kGru && gate == 2 ? 3 : gate) * p_.H;
+          return load_eight<kAligned>(row + k, static_cast<int>(p_.H) - k);
+        },
         sums_ + threadIdx.x / 32 * tile_ * kPitch);
   }
 
@@ -224,7 +228,7 @@ class Backward {
   float* const sums_;  // [kWarps, tile, kPitch]
   float* const dh_;    // [B, kUnits]
   float* const dc_;    // [B, kUnits], an LSTM's; behind them the weights in shared memory
-  const Product<Policy, 1, G, kBlocks, kAligned> product_;
+  const Product<Policy, kUnits, 1, G, kBlocks, kAligned> product_;
   Saved saved_[kOwn] = {};
 };
 

@@ -20,90 +20,59 @@
 
 namespace rnn_fused::persistent {
 
-// kCell: rnn_tanh stands for both RNNs.
-template <class Policy, Cell kCell, int kBlocks, bool kAligned>
-class Forward {
+// Some hidden units of one direction, and what a step does with them besides the product: the
+// threads of a block own them and a tile of sequences. kCell: rnn_tanh stands for both RNNs.
+template <class Policy, Cell kCell, int kUnits>
+class ForwardUnits {
+ protected:
   using T = typename Policy::T;
+  using Owned = Own<kUnits>;
   static constexpr int G = gate_count(kCell), S = saved_count(kCell);
-  static constexpr int kUnits = units_of(kBlocks), kPitch = sum_pitch(G, kUnits);
+  static constexpr int kPitch = sum_pitch(G, kUnits);
   static constexpr bool kLstm = kCell == Cell::lstm;
   static constexpr bool kGru = kCell == Cell::gru;
-  using Owned = Own<kUnits>;
 
- public:
-  // shared: [plan.shared_bytes]
-  __device__ __forceinline__ Forward(const ForwardParams& p, int direction, int tile, float* shared)
+  // block: of the direction's units. shared: sums, biases and the state, which comes last.
+  __device__ __forceinline__ ForwardUnits(const ForwardParams& p, int direction, int block,
+                                          int tile, float* shared)
       : p_(p),
         direction_(direction),
         dir_(p.direction[direction]),
         tile_(tile),
-        unit_(static_cast<int>(blockIdx.x) * kUnits + Owned::unit()),
+        first_unit_(block * kUnits),
+        unit_(first_unit_ + Owned::unit()),
         sums_(shared),
         bias_(shared + kWarps * tile * kPitch),
-        state_(bias_ + S * kUnits),
-        product_(static_cast<int>(p.H), state_ + state_count(kCell, false) * p.B * kUnits,
-                 [&](int gate, int, int of_block, int k) {
-                   const int unit = blockIdx.x * kUnits + of_block;
-                   const T* const weights = static_cast<const T*>(dir_.weight_hh);
-                   if (unit >= p.H) return Eight<T>();
-                   return load_eight<kAligned>(weights + (gate * p.H + unit) * p.H + k,
-                                               static_cast<int>(p.H) - k);
-                 }) {
-    if (!owns()) return;
-    if (threadIdx.x < kUnits) add_biases();
+        state_(bias_ + S * kUnits) {
+    if (owns() && threadIdx.x < kUnits) add_biases();
+  }
+
+  // Behind the state of so many sequences.
+  __device__ __forceinline__ float* behind_state(int64_t sequences) const {
+    return state_ + state_count(kCell, false) * sequences * kUnits;
+  }
+
+  // The weights [k, k + 8) of one of the block's units.
+  template <bool kAligned>
+  __device__ __forceinline__ Eight<T> load_weights(int gate, int of_block, int k) const {
+    const int unit = first_unit_ + of_block;
+    const T* const weights = static_cast<const T*>(dir_.weight_hh);
+    if (unit >= p_.H) return Eight<T>();
+    return load_eight<kAligned>(weights + (gate * p_.H + unit) * p_.H + k,
+                                static_cast<int>(p_.H) - k);
+  }
+
+  // c, or h of a GRU, of the sequences from `first` on.
+  __device__ __forceinline__ void begin_state(int64_t first, int64_t count) {
     if constexpr (kLstm || kGru)
-      Owned::for_all_sequences(p_.B, tile_, [&](int b) {
+      Owned::for_all_sequences(owns() ? count : 0, tile_, [&](int b) {
         state_[b * kUnits + Owned::unit()] =
-            value_or_zero<T>(kLstm ? dir_.c0 : dir_.h0, b * p_.H + unit_);
+            value_or_zero<T>(kLstm ? dir_.c0 : dir_.h0, (first + b) * p_.H + unit_);
       });
   }
 
-  __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
-    const bool down = direction_ == 1;
-    Step before = {0, 0}, now = step_at(p_, down, 0);
-    load_input(now, 0);
-    for (int64_t s = 0; s < p_.T; ++s) {
-      const Step border = down ? before : now;
-      const Step next = step_at(p_, down, s + 1);
-      for (int first = 0; first < now.active; first += tile_) {
-        if (first > 0) {
-          __syncthreads();  // the sums of the pass before have been read
-          load_input(now, first);
-        }
-        multiply(before, now, border, first);
-        __syncthreads();
-        activate(now, next, border, first);
-      }
-      if (s + 1 == p_.T) break;
-      barrier.arrive();
-      load_input(next, 0);
-      barrier.wait();
-      before = now;
-      now = next;
-    }
-  }
-
- private:
-  // Both biases of a gate act together, but for those of the GRU's n, which its reset gate parts.
-  __device__ __forceinline__ void add_biases() {
-#pragma unroll
-    for (int gate = 0; gate < G; ++gate) {
-      const int64_t row = gate * p_.H + unit_;
-      const float input = value_or_zero<T>(dir_.bias_ih, row);
-      const float recurrent = value_or_zero<T>(dir_.bias_hh, row);
-      const bool apart = kGru && gate == 2;
-      bias_[gate * kUnits + Owned::unit()] = apart ? input : input + recurrent;
-      if (apart) bias_[3 * kUnits + Owned::unit()] = recurrent;
-    }
-  }
-
-  __device__ float bias(int gate) const { return bias_[gate * kUnits + Owned::unit()]; }
-
   __device__ bool owns() const { return unit_ < p_.H; }
   __device__ T* output() const { return static_cast<T*>(dir_.output); }
-  __device__ T* gates(int64_t row) const {
-    return static_cast<T*>(dir_.gates) + row * p_.gates_stride + unit_;
-  }
 
   // W_ih x of the thread's sequences of one pass.
   __device__ __forceinline__ void load_input(Step step, int first) {
@@ -114,26 +83,26 @@ class Forward {
     });
   }
 
-  // W_hh h of one pass. A sequence that was there in the step before has its h in the output; one
-  // that begins now has it in h0, and one that was reset in reset_h.
-  __device__ __forceinline__ void multiply(Step before, Step now, Step border, int first) {
-    product_.multiply(
-        pass_size(now.active, first, tile_),
-        [&](int b) {
-          const int sequence = first + b;
-          if (is_reset(p_, border, sequence))
-            return static_cast<const T*>(dir_.reset_h) + sequence * p_.H;
-          return sequence < before.active ? output() + (before.row + sequence) * p_.output_stride
-                                          : static_cast<const T*>(dir_.h0) + sequence * p_.H;
-        },
-        [](int) { return 0; }, sums_ + threadIdx.x / 32 * tile_ * kPitch);
+  // Where h of a sequence is that comes to a step with another one than that of the step before:
+  // one that begins now has it in h0, and one that was reset in reset_h. Else null.
+  __device__ __forceinline__ const T* given_h(Step before, Step border, int sequence) const {
+    if (is_reset(p_, border, sequence))
+      return static_cast<const T*>(dir_.reset_h) + sequence * p_.H;
+    return sequence < before.active ? nullptr : static_cast<const T*>(dir_.h0) + sequence * p_.H;
   }
 
-  __device__ __forceinline__ void activate(Step now, Step next, Step border, int first) {
+  // This warp's part of the sums.
+  __device__ float* sums_of_warp() const { return sums_ + threadIdx.x / 32 * tile_ * kPitch; }
+
+  // The gates of the pass that begins with `first`, whose state is that of number `in_state`.
+  // put(b, h): what else becomes of h.
+  template <class Put>
+  __device__ __forceinline__ void activate(Step now, Step next, Step border, int first,
+                                           int in_state, Put put) {
     Owned::for_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int i, int b) {
       const int sequence = first + b;
       const int64_t row = now.row + sequence;
-      float* const state = state_ + sequence * kUnits + Owned::unit();
+      float* const state = state_ + (in_state + b) * kUnits + Owned::unit();
       if ((kLstm || kGru) && is_reset(p_, border, sequence))
         *state = value_or_zero<T>(kLstm ? dir_.reset_c : dir_.reset_h, sequence * p_.H + unit_);
       float sums[G] = {};
@@ -162,10 +131,31 @@ class Forward {
         h = p_.cell == Cell::rnn_tanh ? gpu::Math::tanh(a) : gpu::Math::relu(a);
       }
       output()[row * p_.output_stride + unit_] = static_cast<T>(h);
+      put(b, static_cast<T>(h));
       // The sequence's last step.
       if (sequence >= next.active)
         static_cast<T*>(dir_.h_n)[sequence * p_.H + unit_] = static_cast<T>(h);
     });
+  }
+
+ private:
+  // Both biases of a gate act together, but for those of the GRU's n, which its reset gate parts.
+  __device__ __forceinline__ void add_biases() {
+#pragma unroll
+    for (int gate = 0; gate < G; ++gate) {
+      const int64_t row = gate * p_.H + unit_;
+      const float input = value_or_zero<T>(dir_.bias_ih, row);
+      const float recurrent = value_or_zero<T>(dir_.bias_hh, row);
+      const bool apart = kGru && gate == 2;
+      bias_[gate * kUnits + Owned::unit()] = apart ? input : input + recurrent;
+      if (apart) bias_[3 * kUnits + Owned::unit()] = recurrent;
+    }
+  }
+
+  __device__ float bias(int gate) const { return bias_[gate * kUnits + Owned::unit()]; }
+
+  __device__ T* gates(int64_t row) const {
+    return static_cast<T*>(dir_.gates) + row * p_.gates_stride + unit_;
   }
 
   __device__ void save(int64_t row, float g0, float g1, float g2, float g3) {
@@ -176,16 +166,79 @@ class Forward {
     to[3 * p_.H] = static_cast<T>(g3);
   }
 
+ protected:
   const ForwardParams& p_;
   const int direction_;
   const ForwardDirection& dir_;
   const int tile_;
-  const int unit_;      // the thread's own
+  const int first_unit_;  // of the block
+  const int unit_;        // the thread's own
+
+ private:
   float* const sums_;   // [kWarps, tile, kPitch]
   float* const bias_;   // [S, kUnits]
-  float* const state_;  // [B, kUnits] c, or h of a GRU; behind it the weights in shared memory
-  const Product<Policy, G, 1, kBlocks, kAligned> product_;
+  float* const state_;  // [sequences, kUnits] c, or h of a GRU
   float x_[kOwn][G] = {};
+};
+
+template <class Policy, Cell kCell, int kBlocks, bool kAligned>
+class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks)> {
+  using Units = ForwardUnits<Policy, kCell, units_of(kBlocks)>;
+  using typename Units::T;
+  using Units::direction_;
+  using Units::p_;
+  using Units::tile_;
+
+ public:
+  // shared: [plan.shared_bytes]
+  __device__ __forceinline__ Forward(const ForwardParams& p, int direction, int tile, float* shared)
+      : Units(p, direction, blockIdx.x, tile, shared),
+        product_(static_cast<int>(p.H), this->behind_state(p.B),
+                 [&](int gate, int, int unit, int k) {
+                   return this->template load_weights<kAligned>(gate, unit, k);
+                 }) {
+    this->begin_state(0, p_.B);
+  }
+
+  __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
+    const bool down = direction_ == 1;
+    Step before = {0, 0}, now = step_at(p_, down, 0);
+    this->load_input(now, 0);
+    for (int64_t s = 0; s < p_.T; ++s) {
+      const Step border = down ? before : now;
+      const Step next = step_at(p_, down, s + 1);
+      for (int first = 0; first < now.active; first += tile_) {
+        if (first > 0) {
+          __syncthreads();  // the sums of the pass before have been read
+          this->load_input(now, first);
+        }
+        multiply(before, now, border, first);
+        __syncthreads();
+        this->activate(now, next, border, first, first, [](int, T) {});
+      }
+      if (s + 1 == p_.T) break;
+      barrier.arrive();
+      this->load_input(next, 0);
+      barrier.wait();
+      before = now;
+      now = next;
+    }
+  }
+
+ private:
+  // W_hh h of one pass. A sequence that was there in the step before has its h in the output.
+  __device__ __forceinline__ void multiply(Step before, Step now, Step border, int first) {
+    product_.multiply(
+        pass_size(now.active, first, tile_),
+        [&](int b, int, int k) {
+          const T* row = this->given_h(before, border, first + b);
+          if (!row) row = this->output() + (before.row + first + b) * p_.output_stride;
+          return load_eight<kAligned>(row + k, static_cast<int>(p_.H) - k);
+        },
+        this->sums_of_warp());
+  }
+
+  const Product<Policy, units_of(kBlocks), gate_count(kCell), 1, kBlocks, kAligned> product_;
 };
 
 // blockIdx: (block of units, direction behind the first). counters: zero, kBarrierStride apart.
@@ -199,18 +252,25 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy
   block.run(gpu::GridBarrier(counters + direction * kBarrierStride, gridDim.x));
 }
 
+// Whether load_eight may take the rows of the caller's states and weights as aligned.
+template <class T>
+bool given_rows_aligned(const ForwardParams& params) {
+  bool aligned = true;
+  for (int d = 0; d < params.directions; ++d)
+    for (const void* matrix :
+         {params.direction[d].h0, params.direction[d].reset_h, params.direction[d].weight_hh})
+      aligned = aligned && rows_aligned<T>(matrix, params.H, params.H);
+  return aligned;
+}
+
 template <class Policy>
 void launch_forward(const CudaPlan& plan, const ForwardParams& params, uint32_t* counters,
                     cudaStream_t stream) {
   using T = typename Policy::T;
-  bool aligned = true;
-  for (int d = 0; d < params.directions; ++d) {
-    const ForwardDirection& dir = params.direction[d];
-    aligned = aligned && rows_aligned<T>(dir.output, params.output_stride, params.H) &&
-              rows_aligned<T>(dir.h0, params.H, params.H) &&
-              rows_aligned<T>(dir.reset_h, params.H, params.H) &&
-              rows_aligned<T>(dir.weight_hh, params.H, params.H);
-  }
+  bool aligned = given_rows_aligned<T>(params);
+  for (int d = 0; d < params.directions; ++d)
+    aligned =
+        aligned && rows_aligned<T>(params.direction[d].output, params.output_stride, params.H);
   launch_persistent(plan, aligned, params, counters, stream,
                     [](auto cell, auto k_blocks, auto aligned) {
                       return forward_kernel<Policy, cell.value, k_blocks.value, aligned.value>;

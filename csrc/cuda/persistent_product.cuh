@@ -218,11 +218,11 @@ constexpr int largest_divisor(int n, int limit) {
 }
 
 // Item i is k-block i / kGroups of group i % kGroups.
-template <class Policy, int kColumns, int kGroups, int kBlocks, bool kAligned>
+template <class Policy, int kUnits, int kColumns, int kGroups, int kBlocks, bool kAligned>
 class Product {
   using T = typename Policy::T;
-  static constexpr int kOctets = units_of(kBlocks) / 8;  // of hidden units
-  static constexpr int kPitch = sum_pitch(kColumns, units_of(kBlocks));
+  static constexpr int kOctets = kUnits / 8;
+  static constexpr int kPitch = sum_pitch(kColumns, kUnits);
   static constexpr int kItems = kGroups * kBlocks;  // of a tile
   static constexpr int kInRegisters =
       kGroups * register_blocks(sizeof(T), kColumns* kGroups, kBlocks);
@@ -275,11 +275,10 @@ class Product {
     }
   }
 
-  // row(b): where the row of sequence b begins, for b < count; rows beyond are not read.
-  // offset(group): where in a row the group begins.
+  // read(b, group, k): the Eight<T> that X has from [group, k] on for sequence b < count.
   // sums: this warp's [batch tile, kPitch], written up to `count` rounded up to kSequences.
-  template <class Row, class Offset>
-  __device__ __forceinline__ void multiply(int count, Row row, Offset offset, float* sums) const {
+  template <class Read>
+  __device__ __forceinline__ void multiply(int count, Read read, float* sums) const {
     constexpr int kStep = kTiles * Policy::kSequences;
     const int lane = threadIdx.x % 32;
     Eight<T> x[kOperands][Policy::kRows];
@@ -299,8 +298,7 @@ class Product {
         for (int r = 0; r < Policy::kRows; ++r) {
           const int b = next_first + next / kItems * Policy::kSequences + Policy::sequence(lane, r);
           if (b < count)  // else whatever is there: its sums are not read
-            operand[r] = load_eight<kAligned>(row(b) + offset(item % kGroups) + own_k(item),
-                                              H_ - own_k(item));
+            operand[r] = read(b, item % kGroups, own_k(item));
         }
       }
       if (first < 0) continue;

@@ -73,16 +73,59 @@ CudaPlan plan_persistent(const LayerShape& s, const GpuProperties& gpu, bool bac
   }
 }
 
+// Why no persistent kernel runs a layer on any GPU of this generation; empty where some may.
+std::string obstacle(const LayerShape& s, const GpuProperties& gpu, int capability) {
+  if (s.projected()) return "a projection, P = " + text(s.P);
+  if (s.dtype == DType::f64) return "float64 has no persistent kernels";
+  if (gpu.compute_capability < capability)
+    return "compute capability at least " + text(capability) + " is needed, got " +
+           text(gpu.compute_capability);
+  return "";
+}
+
 }  // namespace
+
+CudaPlan plan_cluster(const LayerShape& s, const GpuProperties& gpu) {
+  using namespace persistent;
+  if (const std::string why = obstacle(s, gpu, 90); !why.empty()) return stepwise(why);
+  // Of GPUs with more than 8 blocks in a cluster we know those of data centres.
+  const int64_t most = gpu.compute_capability < 110 ? 16 : 8;
+  const int64_t largest = std::min(most * kClusterUnits, kMaxClusterHidden);
+  if (s.H > largest)
+    return stepwise("a cluster holds the weights of H up to " + text(largest) + ", got " +
+                    text(s.H));
+  if (s.B > kMaxSequences)
+    return stepwise("a block counts sequences in 32 bits, B up to " + text(kMaxSequences) +
+                    ", got " + text(s.B));
+  const int element_bytes = s.dtype == DType::f32 ? 4 : 2;
+  CudaPlan plan;
+  plan.family = Family::cluster;
+  plan.units = kClusterUnits;
+  plan.warps = kWarps;
+  plan.k_blocks = plan.register_blocks = plan.launches = 1;
+  plan.cluster = static_cast<int>((s.H + kClusterUnits - 1) / kClusterUnits);
+  // Few sequences a cluster where the GPU has room for all clusters at once.
+  const auto clusters = [&](int tile) { return (s.B + tile - 1) / tile * s.directions; };
+  plan.batch_tile = kMinBatchTile;
+  if (clusters(kMinBatchTile) * plan.cluster > gpu.sm_count)
+    plan.batch_tile = max_batch_tile(kClusterUnits);
+  plan.blocks = clusters(plan.batch_tile) * plan.cluster;
+  const int gates = gate_count(s.cell), tile = plan.batch_tile;
+  const int64_t floats = int64_t{kWarps} * tile * sum_pitch(gates, kClusterUnits) +
+                         saved_count(s.cell) * kClusterUnits +
+                         state_count(s.cell, false) * tile * kClusterUnits;
+  plan.shared_bytes = floats * static_cast<int64_t>(sizeof(float)) +
+                      int64_t{2} * tile * cluster_pitch(s.H, element_bytes) * element_bytes;
+  if (plan.shared_bytes + kReservedShared > gpu.shared_per_block)
+    return stepwise("a block of " + text(plan.shared_bytes) +
+                    " bytes of shared memory must fit in " + text(gpu.shared_per_block));
+  return plan;
+}
 
 CudaPlan plan_cuda(const LayerShape& s, Precision, const GpuProperties& gpu, bool backward,
                    bool forced) {
   using namespace persistent;
-  if (s.projected()) return stepwise("a projection, P = " + text(s.P));
-  if (s.dtype == DType::f64) return stepwise("float64 has no persistent kernels");
-  if (gpu.compute_capability < 80)
-    return stepwise("compute capability at least 80 is needed, got " +
-                    text(gpu.compute_capability));
+  if (const std::string why = obstacle(s, gpu, 80); !why.empty()) return stepwise(why);
   constexpr int64_t kMaxNarrow = int64_t{kMaxNarrowBlocks} * kWarps * kRun;
   constexpr int64_t kMaxWide = int64_t{kWideBlocks} * kWarps * kRun;
   if (s.H > kMaxWide)

@@ -16,21 +16,22 @@ struct GpuProperties {
   int64_t shared_per_block;  // bytes, with opt-in
 };
 
-enum class Family { stepwise, persistent };
+enum class Family { stepwise, persistent, cluster };
 
 // Of float32 products; 16-bit types have but one.
 enum class Precision { exact, tf32 };
 
 struct CudaPlan {
   Family family = Family::stepwise;
-  // Of the persistent kernels; all 0 for the stepwise ones.
+  // Of the persistent kernels, and of those of clusters; all 0 for the stepwise ones.
   int units = 0;             // hidden units of a block
   int warps = 0;             // of a block
   int k_blocks = 0;          // runs of 32 of h that a warp multiplies
   int register_blocks = 0;   // with weights in registers; the rest have theirs in shared memory
-  int batch_tile = 0;        // sequences of a pass
+  int batch_tile = 0;        // sequences of a pass, or of a cluster
   int launches = 0;          // 2: one direction after the other
   int64_t blocks = 0;        // of a launch
+  int cluster = 0;           // blocks of a cluster
   int64_t shared_bytes = 0;  // of a block
   std::string why;           // the limit that rules out the persistent kernels; empty for those
 };
@@ -38,6 +39,9 @@ struct CudaPlan {
 // forced: persistent wherever that can run, fast or not.
 CudaPlan plan_cuda(const LayerShape& shape, Precision precision, const GpuProperties& gpu,
                    bool backward, bool forced = false);
+
+// For the forward pass in clusters, which plan_cuda never chooses: nobody has measured them.
+CudaPlan plan_cluster(const LayerShape& shape, const GpuProperties& gpu);
 
 // What the plan and the persistent kernels agree on.
 namespace persistent {
@@ -91,6 +95,17 @@ RNN_FUSED_HD constexpr int register_blocks(int64_t element_bytes, int gates, int
 // whether lanes are units or sequences.
 RNN_FUSED_HD constexpr int sum_pitch(int columns, int units) {
   return columns == 1 ? units : 4 * units + 4;
+}
+
+// A block of a cluster; all of h is in its shared memory, and all weights are in registers.
+constexpr int kClusterUnits = 16;
+constexpr int64_t kMaxClusterHidden = kWarps * kRun;
+
+// Values between the rows of h there: 16-byte reads of eight rows, four lanes to a row, then meet
+// no bank conflict.
+RNN_FUSED_HD constexpr int cluster_pitch(int64_t H, int64_t element_bytes) {
+  const int64_t bytes = (H * element_bytes + 127) / 128 * 128 + (element_bytes == 2 ? 64 : 16);
+  return static_cast<int>(bytes / element_bytes);
 }
 
 // State kept in shared memory, floats per sequence and unit: c, or h of a GRU, in the forward pass;

@@ -90,6 +90,23 @@ void launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t shar
   launch_with(&cooperative, 1, kernel, grid, block, shared_bytes, stream, args...);
 }
 
+// The same in clusters of so many blocks, neighbours in x, each all resident at once; one cluster
+// must not wait for another. sm_90 and later; up to 8 blocks, on devices that have room for
+// them 16.
+template <class... P, class... A>
+void launch_clusters(unsigned cluster, void (*kernel)(P...), dim3 grid, dim3 block,
+                     size_t shared_bytes, cudaStream_t stream, A&&... args) {
+  constexpr unsigned kPortable = 8;
+  if (cluster > kPortable)
+    CHECK_CUDA("launch", cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                              cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  cudaLaunchAttribute dimension = {};
+  dimension.id = cudaLaunchAttributeClusterDimension;
+  dimension.val.clusterDim.x = cluster;
+  dimension.val.clusterDim.y = dimension.val.clusterDim.z = 1;
+  launch_with(&dimension, 1, kernel, grid, block, shared_bytes, stream, args...);
+}
+
 // Zeroes device memory in the order of the stream.
 inline void zero(void* p, size_t bytes, cudaStream_t stream) {
   CHECK_CUDA("launch", cudaMemsetAsync(p, 0, bytes, stream));
@@ -268,6 +285,104 @@ __device__ __forceinline__ void store_relaxed(uint32_t* p, uint32_t v) {
 __device__ __forceinline__ void store_relaxed(uint64_t* p, uint64_t v) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
+
+// ---------------------------------------------------------------------------------------------
+// Inside a cluster. sm_90 and later: on older GPUs each of these stops the kernel
+// ---------------------------------------------------------------------------------------------
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define RNN_FUSED_PTX_OF_CLUSTERS(...) asm volatile(__VA_ARGS__)
+#else
+#define RNN_FUSED_PTX_OF_CLUSTERS(...) __trap()
+#endif
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// The block's number in its cluster, and how many blocks that has.
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank = 0;
+  RNN_FUSED_PTX_OF_CLUSTERS("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ uint32_t cluster_size() {
+  uint32_t size = 0;
+  RNN_FUSED_PTX_OF_CLUSTERS("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+
+// A barrier of all threads of the cluster, in two halves; each thread calls both in turn. What was
+// written before arrive, to global memory or to any shared memory of the cluster, is seen after
+// wait. A block's shared memory is there for the others from the first barrier of the kernel on,
+// and until it leaves: so the last thing in a kernel is a barrier too.
+__device__ __forceinline__ void cluster_arrive() {
+  RNN_FUSED_PTX_OF_CLUSTERS("barrier.cluster.arrive.release.aligned;" :: : "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
+  RNN_FUSED_PTX_OF_CLUSTERS("barrier.cluster.wait.acquire.aligned;" :: : "memory");
+}
+
+// What lies in another block's shared memory where p lies in this one's.
+using ClusterAddress = uint32_t;
+
+__device__ __forceinline__ ClusterAddress shared_of(const void* p, uint32_t rank) {
+  ClusterAddress address = 0;
+  RNN_FUSED_PTX_OF_CLUSTERS(
+      "mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+  return address;
+}
+
+// An ordinary store of 16 bytes there, for a reader behind a cluster barrier.
+__device__ __forceinline__ void store_shared(ClusterAddress to, uint4 v) {
+  RNN_FUSED_PTX_OF_CLUSTERS("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x),
+                            "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// ---------------------------------------------------------------------------------------------
+// Transaction barriers (mbarrier), 8 bytes of shared memory each. A phase ends when the arrivals
+// that it was made for have come, and as many bytes as those said to expect.
+// ---------------------------------------------------------------------------------------------
+
+// By one thread. Others of the block see it after a block barrier, other blocks after a cluster
+// barrier.
+__device__ __forceinline__ void make_barrier(uint64_t* barrier, uint32_t arrivals) {
+  RNN_FUSED_PTX_OF_CLUSTERS(
+      "mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(arrivals) : "memory");
+  RNN_FUSED_PTX_OF_CLUSTERS("fence.mbarrier_init.release.cluster;" :: : "memory");
+}
+
+// One arrival, and so many bytes more that this phase waits for.
+__device__ __forceinline__ void expect_bytes(uint64_t* barrier, uint32_t bytes) {
+  RNN_FUSED_PTX_OF_CLUSTERS(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes) : "memory");
+}
+
+// Stores 16 bytes at some time, and then counts them at a barrier of the same block. Whoever waits
+// there sees them.
+__device__ __forceinline__ void store_async(ClusterAddress to, uint4 v, ClusterAddress barrier) {
+  RNN_FUSED_PTX_OF_CLUSTERS(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(to),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier) : "memory");
+}
+
+// Waits for the end of a phase: parity 0 for the first, then 1, 0, ... Nobody may be two behind.
+__device__ __forceinline__ void wait_for_phase(const uint64_t* barrier, uint32_t parity) {
+  uint32_t ended = 0;
+  do {
+    RNN_FUSED_PTX_OF_CLUSTERS(
+        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; "
+        "selp.u32 %0, 1, 0, p; }" : "=r"(ended) : "r"(shared_address(barrier)),
+        "r"(parity) : "memory");
+  } while (!ended);
+}
+
+#undef RNN_FUSED_PTX_OF_CLUSTERS
 
 // In every loop that waits for another thread. Nothing on a GPU, where the poll's own trip to L2 is
 // pause enough; under emulation it lets the other thread run.

@@ -30,7 +30,7 @@ DEFAULTS = {
         "grid": ["deepbench_train", "flashrnn", "rl", "everyday"],
         "dtype": ["bfloat16", "float16", "float32"],
         "sections": ["devices", "grid"],
-        "families": ["stepwise", "persistent"],
+        "families": ["stepwise", "persistent", "cluster"],
         "time_per_row": 0.2,
     },
 }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .onnx_layer import OnnxRuntimeLayer
 from .problems import Problem
 
-FAMILIES = ("stepwise", "persistent", "cudnn")  # of CUDA kernels, beside what the plan chooses
+FAMILIES = ("stepwise", "persistent", "cluster", "cudnn")  # of CUDA kernels, beside the plan's
 PEERS = {"cpu": ("onnxruntime",), "cuda": ("flashrnn", "torchrl")}  # where they are compared
 OTHERS = tuple(name for names in PEERS.values() for name in names)
 FROZEN = "rnn_fused frozen"

@@ -13,6 +13,7 @@ constexpr GpuProperties kA100 = {80, 108, 65536, 167936, 166912};
 constexpr GpuProperties kH100 = {90, 132, 65536, 233472, 232448};
 constexpr GpuProperties kH200 = {90, 132, 65536, 233472, 232448};
 constexpr GpuProperties kB200 = {100, 148, 65536, 233472, 232448};
+constexpr GpuProperties kRtx5090 = {120, 170, 65536, 102400, 101376};
 constexpr GpuProperties kRtx4090 = {89, 128, 65536, 102400, 101376};
 constexpr GpuProperties kSmall = {86, 16, 65536, 102400, 101376};  // RTX 3050 of a laptop
 constexpr GpuProperties kT4 = {75, 40, 65536, 65536, 65536};
@@ -180,6 +181,39 @@ TEST_CASE("shared memory holds the sums of a batch tile and the state of every s
     last = p.batch_tile;
   }
   FAIL("no batch is too large");
+}
+
+TEST_CASE("clusters hold small layers, with few sequences each where there is room for all") {
+  for (Cell cell : {Cell::lstm, Cell::gru, Cell::rnn_tanh, Cell::rnn_relu})
+    for (DType dtype : {DType::f32, DType::bf16, DType::f16})
+      for (int64_t H : {1, 16, 17, 250, 256})
+        for (int64_t B : {1, 16, 100, 128, 129, 2048})
+          for (int directions : {1, 2}) {
+            const CudaPlan p = plan_cluster(shape(B, H, directions, cell, dtype), kH100);
+            CAPTURE(p.why);
+            CHECK(p.family == Family::cluster);
+            CHECK(p.cluster == (H + 15) / 16);
+            const int64_t of_sixteen = (B + 15) / 16 * directions * p.cluster;
+            CHECK(p.batch_tile == (of_sixteen <= 132 ? 16 : 32));
+            const int64_t slices = (B + p.batch_tile - 1) / p.batch_tile;
+            CHECK(p.blocks == slices * directions * p.cluster);
+            CHECK(p.shared_bytes + 1024 <= kH100.shared_per_block);
+          }
+  // [8 warps, 16, 16 units * 4 gates + 4] sums, [4, 16] biases, [16, 16] c, twice h [16, 256 + 32]
+  CHECK(plan_cluster(shape(1, 256), kH100).shared_bytes ==
+        4 * (8 * 16 * 68 + 64 + 256) + 2 * 16 * 288 * 2);
+}
+
+TEST_CASE("what clusters cannot do") {
+  LayerShape s = shape(32, 256);
+  s.P = 100;
+  CHECK(mentions(plan_cluster(s, kH100), "projection, P = 100"));
+  CHECK(mentions(plan_cluster(shape(32, 256, 1, Cell::gru, DType::f64), kH100), "float64"));
+  CHECK(mentions(plan_cluster(shape(32, 256), kA100), "at least 90 is needed, got 80"));
+  CHECK(mentions(plan_cluster(shape(32, 257), kH100), "H up to 256, got 257"));
+  CHECK(mentions(plan_cluster(shape(32, 129), kRtx5090), "H up to 128, got 129"));
+  CHECK(mentions(plan_cluster(shape((1 << 26) + 1, 32), kH100), "B up to 67108864"));
+  CHECK(plan_cluster(shape(32, 128), kRtx5090).family == Family::cluster);
 }
 
 TEST_CASE("the backward pass may have another plan than the forward pass") {

@@ -202,11 +202,165 @@ __global__ void lane_not_in_mask(Params p) {
   p.out[global_index()] = values[kThreads - 1 - threadIdx.x];
 }
 
+// What the next kernels send to the other block of a cluster of two: four of the block's numbers.
+constexpr int kVectors = kThreads / 4;
+
+__device__ uint4 four(const Params& p, int v) {
+  const float* const from = &p.in[blockIdx.x * kThreads + 4 * v];
+  return make_uint4(__float_as_uint(from[0]), __float_as_uint(from[1]), __float_as_uint(from[2]),
+                    __float_as_uint(from[3]));
+}
+
+// No wait between the stores into the other block's shared memory and its reads.
+template <bool bug>
+__global__ void cluster_barrier(Params p) {
+  RNN_FUSED_SHARED(float, values, [kThreads]);
+  const uint32_t other = 1 - gpu::cluster_rank();
+  gpu::cluster_arrive();
+  gpu::cluster_wait();
+  if (threadIdx.x < kVectors)
+    gpu::store_shared(gpu::shared_of(&values[4 * threadIdx.x], other), four(p, threadIdx.x));
+  if (!bug) gpu::cluster_arrive();
+  if (!bug) gpu::cluster_wait();
+  p.out[global_index()] = values[kThreads - 1 - threadIdx.x];
+  gpu::cluster_arrive();
+  gpu::cluster_wait();
+}
+
+// What is stored between the halves of the barrier is not carried by it.
+template <bool bug>
+__global__ void cluster_store_after_arrival(Params p) {
+  RNN_FUSED_SHARED(float, values, [kThreads]);
+  const uint32_t other = 1 - gpu::cluster_rank();
+  gpu::cluster_arrive();
+  gpu::cluster_wait();
+  if (bug) gpu::cluster_arrive();
+  if (threadIdx.x < kVectors)
+    gpu::store_shared(gpu::shared_of(&values[4 * threadIdx.x], other), four(p, threadIdx.x));
+  if (!bug) gpu::cluster_arrive();
+  gpu::cluster_wait();
+  p.out[global_index()] = values[kThreads - 1 - threadIdx.x];
+  gpu::cluster_arrive();
+  gpu::cluster_wait();
+}
+
+// Stores to a block that may not have begun.
+template <bool bug>
+__global__ void cluster_not_begun(Params p) {
+  RNN_FUSED_SHARED(float, values, [kThreads]);
+  const uint32_t other = 1 - gpu::cluster_rank();
+  if (!bug) gpu::cluster_arrive();
+  if (!bug) gpu::cluster_wait();
+  if (threadIdx.x < kVectors)
+    gpu::store_shared(gpu::shared_of(&values[4 * threadIdx.x], other), four(p, threadIdx.x));
+  gpu::cluster_arrive();
+  gpu::cluster_wait();
+  p.out[global_index()] = values[kThreads - 1 - threadIdx.x];
+}
+
+// A block leaves while the other one still stores into its shared memory.
+template <bool bug>
+__global__ void cluster_left(Params p) {
+  RNN_FUSED_SHARED(float, values, [kThreads]);
+  const uint32_t rank = gpu::cluster_rank();
+  gpu::cluster_arrive();
+  gpu::cluster_wait();
+  p.out[global_index()] = p.in[kBlocks * kThreads - 1 - global_index()];
+  if (bug && rank == 0) return;
+  for (int i = 0; rank == 1 && i < 4; ++i) __syncthreads();  // takes its time
+  if (rank == 1 && threadIdx.x < kVectors)
+    gpu::store_shared(gpu::shared_of(&values[4 * threadIdx.x], 0), four(p, threadIdx.x));
+  if (!bug) gpu::cluster_arrive();
+  if (!bug) gpu::cluster_wait();
+}
+
+// Sends the block's numbers to the other one's `to`, and counts them at its barrier.
+__device__ void send_all(const Params& p, float* to, uint64_t* barrier) {
+  const uint32_t other = 1 - gpu::cluster_rank();
+  if (threadIdx.x < kVectors)
+    gpu::store_async(gpu::shared_of(&to[4 * threadIdx.x], other), four(p, threadIdx.x),
+                     gpu::shared_of(barrier, other));
+}
+
+__device__ void begin_transactions(uint64_t* barrier, uint32_t bytes) {
+  if (threadIdx.x == 0) {
+    gpu::make_barrier(barrier, 1);
+    gpu::expect_bytes(barrier, bytes);
+  }
+  gpu::cluster_arrive();
+  gpu::cluster_wait();
+}
+
+constexpr uint32_t kBytes = kThreads * sizeof(float);
+
+// What was sent is read before it is waited for.
+template <bool bug>
+__global__ void store_not_awaited(Params p) {
+  RNN_FUSED_SHARED(float, values, [kThreads]);
+  RNN_FUSED_SHARED(uint64_t, full, [1]);
+  begin_transactions(full, kBytes);
+  send_all(p, values, full);
+  if (!bug) gpu::wait_for_phase(full, 0);
+  p.out[global_index()] = values[kThreads - 1 - threadIdx.x];
+  gpu::wait_for_phase(full, 0);
+  gpu::cluster_arrive();
+  gpu::cluster_wait();
+}
+
+// The next numbers are sent while the other block still reads the last ones.
+template <bool bug>
+__global__ void store_too_early(Params p) {
+  RNN_FUSED_SHARED(float, values, [kThreads]);
+  RNN_FUSED_SHARED(uint64_t, full, [1]);
+  begin_transactions(full, kBytes);
+  send_all(p, values, full);
+  gpu::wait_for_phase(full, 0);
+  const float value = values[kThreads - 1 - threadIdx.x];
+  __syncthreads();
+  if (threadIdx.x == 0) gpu::expect_bytes(full, kBytes);
+  if (!bug) gpu::cluster_arrive();
+  if (!bug) gpu::cluster_wait();
+  send_all(p, values, full);
+  gpu::wait_for_phase(full, 1);
+  p.out[global_index()] = (value + values[kThreads - 1 - threadIdx.x]) / 2;
+  gpu::cluster_arrive();
+  gpu::cluster_wait();
+}
+
+// More bytes are expected than come.
+template <bool bug>
+__global__ void too_many_bytes(Params p) {
+  RNN_FUSED_SHARED(float, values, [kThreads]);
+  RNN_FUSED_SHARED(uint64_t, full, [1]);
+  begin_transactions(full, bug ? 2 * kBytes : kBytes);
+  send_all(p, values, full);
+  gpu::wait_for_phase(full, 0);
+  p.out[global_index()] = values[kThreads - 1 - threadIdx.x];
+  gpu::cluster_arrive();
+  gpu::cluster_wait();
+}
+
+// A store that nobody waits for, so that the block may leave before it comes.
+template <bool bug>
+__global__ void nobody_waits(Params p) {
+  RNN_FUSED_SHARED(float, values, [kThreads]);
+  RNN_FUSED_SHARED(uint64_t, full, [1]);
+  begin_transactions(full, kBytes);
+  send_all(p, values, full);
+  p.out[global_index()] = p.in[kBlocks * kThreads - 1 - global_index()];
+  if (!bug) gpu::wait_for_phase(full, 0);
+  gpu::cluster_arrive();
+  gpu::cluster_wait();
+}
+
+// How its kernels are launched.
+enum class Launch { ordinary, cooperative, cluster };
+
 struct Bug {
   const char* name;
   void (*healthy)(Params);
   void (*with_bug)(Params);
-  bool cooperative = false;
+  Launch launch = Launch::ordinary;
   bool reverses_blocks = false;
 };
 
@@ -215,9 +369,9 @@ struct Bug {
 constexpr Bug kBugs[] = {
     {KERNELS(block_barrier)},
     {KERNELS(warp_barrier)},
-    {KERNELS(grid_barrier), true, true},
+    {KERNELS(grid_barrier), Launch::cooperative, true},
     {KERNELS(order_of_blocks)},
-    {KERNELS(relaxed), true, true},
+    {KERNELS(relaxed), Launch::cooperative, true},
     {KERNELS(static_shared_index)},
     {KERNELS(dynamic_shared_index)},
     {KERNELS(output_index)},
@@ -228,9 +382,17 @@ constexpr Bug kBugs[] = {
     {KERNELS(copy_source_changes)},
     {KERNELS(endless_spin)},
     {KERNELS(lane_not_in_mask)},
+    {KERNELS(cluster_barrier), Launch::cluster, true},
+    {KERNELS(cluster_store_after_arrival), Launch::cluster, true},
+    {KERNELS(cluster_not_begun), Launch::cluster, true},
+    {KERNELS(cluster_left), Launch::cluster, true},
+    {KERNELS(store_not_awaited), Launch::cluster, true},
+    {KERNELS(store_too_early), Launch::cluster, true},
+    {KERNELS(too_many_bytes), Launch::cluster, true},
+    {KERNELS(nobody_waits), Launch::cluster, true},
 };
 
-int run(void (*kernel)(Params), bool cooperative, bool reverses_blocks) {
+int run(void (*kernel)(Params), Launch launch, bool reverses_blocks) {
   constexpr int kSize = kBlocks * kThreads;
   std::vector<float> values(kSize);
   for (int i = 0; i < kSize; ++i) values[i] = i;
@@ -239,10 +401,15 @@ int run(void (*kernel)(Params), bool cooperative, bool reverses_blocks) {
   gpu::zero(counter.get(), counter.bytes(), nullptr);
   const Params p = {in.get(), scratch.get(), out.get(), counter.get()};
   constexpr size_t kShared = kThreads * sizeof(float);
-  if (cooperative)
-    gpu::launch_cooperative(kernel, kBlocks, kThreads, kShared, nullptr, p);
-  else
-    gpu::launch(kernel, kBlocks, kThreads, kShared, nullptr, p);
+  switch (launch) {
+    case Launch::ordinary: gpu::launch(kernel, kBlocks, kThreads, kShared, nullptr, p); break;
+    case Launch::cooperative:
+      gpu::launch_cooperative(kernel, kBlocks, kThreads, kShared, nullptr, p);
+      break;
+    case Launch::cluster:
+      gpu::launch_clusters(kBlocks, kernel, kBlocks, kThreads, kShared, nullptr, p);
+      break;
+  }
   const std::vector<float> got = out.host();
   for (int i = 0; i < kSize; ++i)
     if (const float wanted = expected(i, reverses_blocks); !(got[i] == wanted)) {
@@ -255,10 +422,11 @@ int run(void (*kernel)(Params), bool cooperative, bool reverses_blocks) {
 
 int run(const std::string& name, bool with_bug) {
   // Blocks that wait for each other need a launch that makes them all resident.
-  if (name == "not_cooperative") return run(grid_barrier<false>, !with_bug, true);
+  if (name == "not_cooperative")
+    return run(grid_barrier<false>, with_bug ? Launch::ordinary : Launch::cooperative, true);
   for (const Bug& bug : kBugs)
     if (bug.name == name)
-      return run(with_bug ? bug.with_bug : bug.healthy, bug.cooperative, bug.reverses_blocks);
+      return run(with_bug ? bug.with_bug : bug.healthy, bug.launch, bug.reverses_blocks);
   std::printf("no such kernel: %s\n", name.c_str());
   return 2;
 }

@@ -68,6 +68,38 @@ CudaPlan plan_of(const Case& c, const LayerShape& shape, bool backward) {
   return plan;
 }
 
+// Forward passes, whose saved tensors any backward pass takes.
+void check_cluster(const Case& c, uint64_t seed) {
+  CAPTURE(static_cast<const Sizes&>(c));
+  CAPTURE(c.save);
+  const Layer l(c, seed);
+  Array products[2];
+  for (int d = 0; d < l.directions; ++d) products[d] = multiply_input(l, d, l.dtype);
+  const CudaPlan plan = plan_cluster(l.shape(), c.gpu);
+  INFO(plan.why);
+  REQUIRE(plan.family == Family::cluster);
+  const double tol = tolerance(c), floor = c.dtype == DType::f32 ? 0 : roundoff(c.dtype) / 8;
+  const Forward expected = run_forward(Isa::portable, l, kOneThread, c.save, products);
+  for (uint64_t order : {0, 1}) {
+    if (order == 0 && c.H > 100) continue;  // takes its time
+    CAPTURE(order);
+    emulation::set_seed(order);
+    const Forward result = run_forward(l, c.save, products, [&](const ForwardParams& params) {
+      persistent_forward(plan, c.precision, params, nullptr, nullptr);
+    });
+    check_close("output", result.output, expected.output, tol, floor);
+    for (int d = 0; d < l.directions; ++d) {
+      CAPTURE(d);
+      const Forward::Direction &a = result.direction[d], &e = expected.direction[d];
+      check_close("gates", a.gates, e.gates, tol, floor);
+      check_close("cells", a.cells, e.cells, tol, floor);
+      check_close("h_n", a.h_n, e.h_n, tol, floor);
+      check_close("c_n", a.c_n, e.c_n, tol, floor);
+    }
+  }
+  emulation::set_seed(0);
+}
+
 // Whether the emulation has room for all blocks.
 bool fits(const Case& c) {
   const LayerShape shape = {c.cell, c.dtype, c.T, c.B, c.H, c.H, c.directions, nullptr, nullptr};
@@ -125,7 +157,7 @@ void check_case(const Case& c, uint64_t seed) {
 // With other sizes and options each time.
 void check_cells(DType dtype, Precision precision, int64_t H, std::initializer_list<Cell> cells,
                  std::initializer_list<int64_t> batches, std::initializer_list<int64_t> steps,
-                 const GpuProperties& gpu, Random& random) {
+                 const GpuProperties& gpu, Random& random, bool cluster) {
   for (Cell cell : cells) {
     Case c{{cell, dtype, random.one_of(steps), random.one_of(batches)}};
     c.I = 3;
@@ -139,17 +171,20 @@ void check_cells(DType dtype, Precision precision, int64_t H, std::initializer_l
     c.precision = precision;
     c.save = random.coin();
     c.gpu = gpu;
-    if (!fits(c)) continue;
+    if (!cluster && !fits(c)) continue;
     const uint64_t seed = random.bits();
     if (kSanitized && dtype == DType::f16 && H > 100)
       continue;  // bfloat16's code, and it takes long
-    check_case(c, seed);
+    if (cluster)
+      check_cluster(c, seed);
+    else
+      check_case(c, seed);
   }
 }
 
 void check_all(std::initializer_list<int64_t> sizes_of_h, std::initializer_list<int64_t> batches,
                std::initializer_list<int64_t> steps, uint64_t seed,
-               const GpuProperties& gpu = kH100) {
+               const GpuProperties& gpu = kH100, bool cluster = false) {
   Random random(seed);
   for (int64_t H : sizes_of_h)
     for (const auto& [dtype, precision] : {std::pair{DType::bf16, Precision::exact},
@@ -157,7 +192,7 @@ void check_all(std::initializer_list<int64_t> sizes_of_h, std::initializer_list<
                                            {DType::f32, Precision::exact},
                                            {DType::f32, Precision::tf32}})
       check_cells(dtype, precision, H, {Cell::lstm, Cell::gru, Cell::rnn_tanh, Cell::rnn_relu},
-                  batches, steps, gpu, random);
+                  batches, steps, gpu, random, cluster);
 }
 
 TEST_CASE("persistent kernels equal the CPU core") {
@@ -174,6 +209,17 @@ TEST_CASE("persistent kernels with four k-blocks equal the CPU core") {
   check_all({776}, {3}, {2}, 6);
 }
 
+TEST_CASE("clusters equal the CPU core") {
+  for (uint64_t seed = 1; seed <= kRounds; ++seed) {
+    check_all({1, 7, 16, 17, 40}, {1, 3, 17, 70}, {1, 2, 3, 6}, seed, kH100, true);
+    check_all({33}, {17, 70}, {4}, seed, kSmall, true);  // 32 sequences to a cluster
+  }
+}
+
+TEST_CASE("clusters of sixteen blocks equal the CPU core") {
+  check_all({250, 256}, {kLargeBatch}, {3}, 9, kH100, true);
+}
+
 // Of LSTMs in float32, which have the fewest weights in registers, some are in shared memory.
 TEST_CASE("wide blocks, and one direction after the other, equal the CPU core") {
   check_all({300, 304}, {1, kLargeBatch}, {1, 3}, 7, kSmall);
@@ -183,7 +229,7 @@ TEST_CASE("wide blocks, and one direction after the other, equal the CPU core") 
 TEST_CASE("wide blocks with weights in shared memory equal the CPU core") {
   Random random(8);
   const auto check = [&](DType dtype, Precision precision, int64_t H, Cell cell) {
-    check_cells(dtype, precision, H, {cell}, {3}, {2}, kH100, random);
+    check_cells(dtype, precision, H, {cell}, {3}, {2}, kH100, random, false);
   };
   check(DType::bf16, Precision::exact, 1040, Cell::lstm);
   check(DType::f16, Precision::exact, 1042, Cell::gru);

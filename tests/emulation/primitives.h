@@ -36,14 +36,23 @@ template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
             A&&... args) {
   const std::tuple<P...> parameters(static_cast<P>(args)...);
-  emulation::run_grid(grid, block, shared_bytes, false, [&] { std::apply(kernel, parameters); });
+  emulation::run_grid(grid, block, shared_bytes, {}, [&] { std::apply(kernel, parameters); });
 }
 
 template <class... P, class... A>
 void launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
                         cudaStream_t, A&&... args) {
   const std::tuple<P...> parameters(static_cast<P>(args)...);
-  emulation::run_grid(grid, block, shared_bytes, true, [&] { std::apply(kernel, parameters); });
+  emulation::run_grid(grid, block, shared_bytes, {.all = true},
+                      [&] { std::apply(kernel, parameters); });
+}
+
+template <class... P, class... A>
+void launch_clusters(unsigned cluster, void (*kernel)(P...), dim3 grid, dim3 block,
+                     size_t shared_bytes, cudaStream_t, A&&... args) {
+  const std::tuple<P...> parameters(static_cast<P>(args)...);
+  emulation::run_grid(grid, block, shared_bytes, {.cluster = cluster},
+                      [&] { std::apply(kernel, parameters); });
 }
 
 inline void zero(void* p, size_t bytes, cudaStream_t) { std::memset(p, 0, bytes); }
@@ -152,6 +161,45 @@ inline void store_relaxed(uint32_t* p, uint32_t v) {
 inline void store_relaxed(uint64_t* p, uint64_t v) {
   __atomic_store_n(p, v, __ATOMIC_RELAXED);
   emulation::note_progress();
+}
+
+// ---------------------------------------------------------------------------------------------
+// Inside a cluster
+// ---------------------------------------------------------------------------------------------
+
+inline uint32_t cluster_rank() { return emulation::cluster_rank(); }
+inline uint32_t cluster_size() { return emulation::cluster_size(); }
+inline void cluster_arrive(RNN_FUSED_CALLER) { emulation::cluster_arrive(caller); }
+inline void cluster_wait(RNN_FUSED_CALLER) { emulation::cluster_wait(caller); }
+
+using ClusterAddress = unsigned char*;
+
+inline ClusterAddress shared_of(const void* p, uint32_t rank, RNN_FUSED_CALLER) {
+  return emulation::shared_of(p, rank, caller);
+}
+
+inline void store_shared(ClusterAddress to, uint4 v, RNN_FUSED_CALLER) {
+  emulation::check_shared_of_cluster(to, sizeof v, caller);
+  std::memcpy(to, &v, sizeof v);
+}
+
+inline void make_barrier(uint64_t* barrier, uint32_t arrivals, RNN_FUSED_CALLER) {
+  emulation::make_barrier(barrier, arrivals, caller);
+}
+
+inline void expect_bytes(uint64_t* barrier, uint32_t bytes, RNN_FUSED_CALLER) {
+  emulation::expect_bytes(barrier, bytes, caller);
+}
+
+// The target is NaN from here until the bytes arrive: whoever reads it still, or already, is wrong.
+inline void store_async(ClusterAddress to, uint4 v, ClusterAddress barrier, RNN_FUSED_CALLER) {
+  emulation::check_shared_of_cluster(to, sizeof v, caller);
+  std::memset(to, 0xff, sizeof v);
+  emulation::send(barrier, to, &v, caller);
+}
+
+inline void wait_for_phase(const uint64_t* barrier, uint32_t parity, RNN_FUSED_CALLER) {
+  while (!emulation::phase_ended(barrier, parity, caller)) emulation::spin(caller);
 }
 
 inline void spin_pause(RNN_FUSED_CALLER) { emulation::spin(caller); }

@@ -17,6 +17,7 @@ namespace rnn_fused::primitive_tests {
 struct Case {
   const char* name;
   std::string (*check)();
+  int capability = 80;  // that it needs
 };
 
 template <class T, class E>
@@ -367,6 +368,106 @@ std::string check_grid_barrier() {
   });
 }
 
+// ---------------------------------------------------------------------------------------------
+// Inside a cluster
+// ---------------------------------------------------------------------------------------------
+
+constexpr int kClusterThreads = 64, kClusters = 2, kClusterSteps = 6;
+
+// Every step each block stores 16 bytes into the shared memory of the next one, and all meet. out
+// [steps, blocks]: the sums of what was found.
+__global__ static void cluster_barrier_kernel(uint32_t* out, int steps) {
+  RNN_FUSED_SHARED(uint4, inbox, [2]);
+  const uint32_t rank = gpu::cluster_rank(), size = gpu::cluster_size();
+  gpu::cluster_arrive();
+  gpu::cluster_wait();
+  for (int step = 0; step < steps; ++step) {
+    uint4* const box = &inbox[step % 2];
+    if (threadIdx.x == kClusterThreads - 1)
+      gpu::store_shared(gpu::shared_of(box, (rank + 1) % size),
+                        make_uint4(rank, size, blockIdx.x, step));
+    gpu::cluster_arrive();
+    gpu::cluster_wait();
+    if (threadIdx.x == 1)
+      out[step * gridDim.x + blockIdx.x] =
+          box->x + 100 * box->y + 10'000 * box->z + 1'000'000 * box->w;
+  }
+  gpu::cluster_arrive();
+  gpu::cluster_wait();
+}
+
+template <unsigned size>
+std::string check_cluster_barrier() {
+  constexpr unsigned kBlocks = kClusters * size;
+  DeviceArray<uint32_t> out(kClusterSteps * kBlocks);
+  gpu::launch_clusters(size, cluster_barrier_kernel, kBlocks, kClusterThreads, 0, nullptr,
+                       out.get(), kClusterSteps);
+  return differences(out.host(), [](size_t i) -> uint32_t {
+    const uint32_t block = i % kBlocks, rank = (block + size - 1) % size;
+    const uint32_t from = block / size * size + rank;
+    return rank + 100 * size + 10'000 * from + 1'000'000 * static_cast<uint32_t>(i / kBlocks);
+  });
+}
+
+constexpr int kSlice = 24;  // vectors of 16 bytes
+
+__device__ inline uint4 vector_of(uint32_t block, uint32_t v, uint32_t step) {
+  return make_uint4(block, v, step, block * v);
+}
+
+// How h goes round in a cluster: each step every block sends its slice to all of them, and two
+// buffers take turns. out [steps, blocks * threads]: each thread's sum of all slices.
+__global__ static void store_async_kernel(uint32_t* out, int steps) {
+  RNN_FUSED_DYNAMIC_SHARED(uint4, h);  // [2, size * kSlice]
+  RNN_FUSED_SHARED(uint64_t, full, [2]);
+  const uint32_t rank = gpu::cluster_rank(), size = gpu::cluster_size();
+  const uint32_t all = size * kSlice, bytes = all * sizeof(uint4);
+  if (threadIdx.x == 0)
+    for (uint64_t* barrier : {&full[0], &full[1]}) {
+      gpu::make_barrier(barrier, 1);
+      gpu::expect_bytes(barrier, bytes);
+    }
+  gpu::cluster_arrive();
+  gpu::cluster_wait();
+  for (int step = 0; step < steps; ++step) {
+    uint64_t* const barrier = &full[step % 2];
+    uint4* const half = &h[step % 2 * all];
+    for (uint32_t i = threadIdx.x; i < all; i += blockDim.x) {
+      const uint32_t to = i / kSlice, v = i % kSlice;
+      gpu::store_async(gpu::shared_of(&half[rank * kSlice + v], to), vector_of(blockIdx.x, v, step),
+                       gpu::shared_of(barrier, to));
+    }
+    gpu::wait_for_phase(barrier, step / 2 % 2);
+    uint32_t sum = 0;
+    for (uint32_t i = 0; i < all; ++i) {
+      const uint4 v = half[(i + threadIdx.x) % all];
+      sum += v.x + 10 * v.y + 100 * v.z + 10'000 * v.w;
+    }
+    out[(step * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x] = sum;
+    // Before the block's next slice, which is what lets the others send into this buffer again.
+    __syncthreads();
+    if (threadIdx.x == 0) gpu::expect_bytes(barrier, bytes);
+  }
+  gpu::cluster_arrive();
+  gpu::cluster_wait();
+}
+
+template <unsigned size>
+std::string check_store_async() {
+  constexpr unsigned kBlocks = kClusters * size;
+  DeviceArray<uint32_t> out(kClusterSteps * kBlocks * kClusterThreads);
+  gpu::launch_clusters(size, store_async_kernel, kBlocks, kClusterThreads,
+                       2 * size * kSlice * sizeof(uint4), nullptr, out.get(), kClusterSteps);
+  return differences(out.host(), [](size_t i) -> uint32_t {
+    const uint32_t step = i / kClusterThreads / kBlocks, block = i / kClusterThreads % kBlocks;
+    const uint32_t first = block / size * size;
+    uint32_t sum = 0;
+    for (uint32_t b = first; b < first + size; ++b)
+      for (uint32_t v = 0; v < kSlice; ++v) sum += b + 10 * v + 100 * step + 10'000 * b * v;
+    return sum;
+  });
+}
+
 inline constexpr Case kCases[] = {
     {"mma_m16n8k16 bf16", check_mma<__nv_bfloat16>},
     {"mma_m16n8k16 f16", check_mma<__half>},
@@ -384,6 +485,10 @@ inline constexpr Case kCases[] = {
     {"a word with its flag", check_flagged},
     {"GridBarrier", check_grid_barrier<1>},
     {"GridBarrier of a part of the grid", check_grid_barrier<2>},
+    {"cluster barrier, store_shared", check_cluster_barrier<2>, 90},
+    {"the same in clusters of 8", check_cluster_barrier<8>, 90},
+    {"store_async, mbarrier", check_store_async<2>, 90},
+    {"the same in clusters of 8", check_store_async<8>, 90},
 };
 
 }  // namespace rnn_fused::primitive_tests

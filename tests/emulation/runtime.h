@@ -45,10 +45,16 @@ struct Error : std::runtime_error {
 // In which order the threads run: 0 is round robin, any other seed an order of its own.
 void set_seed(uint64_t seed);
 
-// Runs `thread` as every thread of the grid. Cooperative: all blocks at once; else one after the
-// other, so that a block which waits for another one is an endless spin here. Throws Error, or what
-// a thread threw, as soon as there is a mistake, and abandons the other threads where they are.
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative,
+// Which blocks of a launch run at the same time: all, or so many neighbours in x, a cluster.
+struct Together {
+  bool all = false;
+  unsigned cluster = 1;
+};
+
+// Runs `thread` as every thread of the grid. What does not run together runs one after the other,
+// so that a block which waits for another one is an endless spin here. Throws Error, or what a
+// thread threw, as soon as there is a mistake, and abandons the other threads where they are.
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, Together together,
               const std::function<void()>& thread);
 
 // ---------------------------------------------------------------------------------------------
@@ -68,6 +74,27 @@ void check_shared(const void* p, size_t bytes, size_t alignment, Place place);
 void block_barrier(Place place);
 void grid_barrier(Place place);
 void warp_barrier(uint32_t mask, Place place);  // orders memory
+
+// The block's number in its cluster, and the cluster's blocks.
+unsigned cluster_rank();
+unsigned cluster_size();
+
+// The halves of a barrier of the cluster. What happens between them is not ordered.
+void cluster_arrive(Place place);
+void cluster_wait(Place place);
+
+// What lies in the shared memory of another block of the cluster where p lies in this one's; and
+// that the bytes at such an address are shared memory, aligned, of a block that has begun and not
+// left.
+unsigned char* shared_of(const void* p, unsigned rank, Place place);
+void check_shared_of_cluster(const void* p, size_t bytes, Place place);
+
+// Transaction barriers, known by their address.
+void make_barrier(const void* barrier, unsigned arrivals, Place place);
+void expect_bytes(const void* barrier, size_t bytes, Place place);
+// 16 bytes arrive at `to` when somebody next asks whether the phase has ended, as late as can be.
+void send(const void* barrier, void* to, const void* bytes, Place place);
+bool phase_ended(const void* barrier, unsigned parity, Place place);
 
 // Lets the others run before this thread goes on.
 void pause();

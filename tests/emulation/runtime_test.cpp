@@ -73,6 +73,54 @@ TEST_CASE("mistakes at primitives are errors with a place") {
                        emulation::Error);
 }
 
+__global__ void leave(int*) {}
+
+__global__ void wait_without_arrival(int*) { gpu::cluster_wait(); }
+
+__global__ void arrive_twice(int*) {
+  gpu::cluster_arrive();
+  gpu::cluster_arrive();
+}
+
+__global__ void beyond_the_cluster(int*) {
+  RNN_FUSED_SHARED(uint4, values, [1]);
+  gpu::shared_of(values, 2);
+}
+
+__global__ void store_to_global(int* out) {
+  gpu::store_shared(reinterpret_cast<unsigned char*>(out), {});
+}
+
+__global__ void barrier_that_nobody_made(int*) {
+  RNN_FUSED_SHARED(uint64_t, full, [1]);
+  gpu::wait_for_phase(full, 0);
+}
+
+__global__ void too_many_arrivals(int*) {
+  RNN_FUSED_SHARED(uint64_t, full, [1]);
+  gpu::make_barrier(full, 1);
+  gpu::expect_bytes(full, 16);
+  gpu::expect_bytes(full, 16);
+}
+
+TEST_CASE("mistakes in a cluster are errors with a place") {
+  DeviceArray<int> out(4);
+  const auto check = [&](void (*kernel)(int*), const char* message, unsigned cluster = 2) {
+    CAPTURE(message);
+    CHECK_THROWS_WITH_AS(gpu::launch_clusters(cluster, kernel, 2, 1, 0, nullptr, out.get()),
+                         doctest::Contains(message), emulation::Error);
+  };
+  check(leave, "clusters have 1 to 16 blocks, of which x has a multiple, got 3 of 2", 3);
+  check(leave, "clusters have 1 to 16 blocks, of which x has a multiple, got 32 of 2", 32);
+  check(wait_without_arrival, "a wait for the cluster without an arrival, at ");
+  check(arrive_twice, "a second arrival at the cluster's barrier, at ");
+  check(beyond_the_cluster, "a cluster of 2 blocks has no block 2, at ");
+  check(store_to_global, "an address is not shared memory of the cluster, at ");
+  check(barrier_that_nobody_made, "no make_barrier has been here, at ");
+  check(too_many_arrivals, "more arrivals than a phase has, at ");
+  check(too_many_arrivals, "runtime_test.cpp:");
+}
+
 TEST_CASE("a launch after a mistake is as good as any") {
   for (int i = 0; i < 3; ++i) {
     DeviceArray<int> out(64);

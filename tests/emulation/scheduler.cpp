@@ -29,6 +29,7 @@ namespace {
 constexpr size_t kStackBytes = 256 << 10;  // reserved; a page counts when it is touched
 constexpr uint64_t kIdleRounds = 1000;     // of all threads spinning, before it is an endless spin
 constexpr unsigned kBlockThreads = 1024;
+constexpr unsigned kClusterBlocks = 16;     // on sm_90, where the device has room
 constexpr size_t kSharedBytes = 227 << 10;  // a block's, on sm_90
 #ifdef RNN_FUSED_EMULATION_TSAN
 constexpr size_t kFibers = kTsanFibers;
@@ -36,7 +37,7 @@ constexpr size_t kFibers = kTsanFibers;
 constexpr size_t kFibers = 1 << 20;
 #endif
 
-enum class State : uint8_t { running, spinning, in_warp, in_block, in_grid, left };
+enum class State : uint8_t { running, spinning, in_warp, in_block, in_cluster, in_grid, left };
 
 struct Block;
 
@@ -51,7 +52,8 @@ struct Fiber {
   size_t slot;
   Context context;
   State state = State::running;
-  Place place;  // where it waits
+  bool arrived = false;  // at the cluster's barrier, and has not waited there yet
+  Place place;           // where it waits
 };
 
 // Where `expected` threads wait for each other. Two sets of everything, in turn: a thread may be at
@@ -63,6 +65,8 @@ struct Meeting {
   std::vector<Fiber*> waiting;
   unsigned turn = 0;
   char order[2];  // TSan's names for the two sets
+
+  char* current_order() { return &order[turn]; }
 };
 
 // The meetings of one warp's lanes that name the same mask.
@@ -76,6 +80,27 @@ struct SharedVariable {
   size_t size;
 };
 
+// An mbarrier, and the stores that are on their way to it.
+struct TransactionBarrier {
+  struct Store {
+    unsigned char* to;
+    unsigned char bytes[16];
+    Place place;
+  };
+
+  unsigned arrivals, missing;  // of a phase, and those that this one still waits for
+  int64_t bytes = 0;  // that it waits for; below 0 where they come before they are expected
+  unsigned phase = 0;
+  std::vector<Store> stores;
+  char order = 0;  // TSan's name for it
+
+  void end_phase_if_complete() {
+    if (missing > 0 || bytes != 0) return;
+    missing = arrivals;
+    ++phase;
+  }
+};
+
 SharedVariable nan_bytes(size_t size) {
   SharedVariable variable = {std::unique_ptr<unsigned char[]>(new unsigned char[size]), size};
   std::memset(variable.bytes.get(), 0xff, size);
@@ -84,13 +109,20 @@ SharedVariable nan_bytes(size_t size) {
 
 struct Block {
   uint3 index = {};
+  unsigned rank = 0;  // in its cluster
+  unsigned live;      // threads that have not left
+  bool begun = false;
   Meeting barrier;
   std::vector<std::map<uint32_t, std::unique_ptr<Exchange>>> warps;  // by mask
   SharedVariable dynamic_shared;
   std::map<const void*, SharedVariable> static_shared;
+  std::map<const void*, TransactionBarrier> transactions;
 
   Block(unsigned threads, size_t shared_bytes)
-      : barrier(threads), warps((threads + 31) / 32), dynamic_shared(nan_bytes(shared_bytes)) {
+      : live(threads),
+        barrier(threads),
+        warps((threads + 31) / 32),
+        dynamic_shared(nan_bytes(shared_bytes)) {
     for (unsigned w = 0; w < warps.size(); ++w) {
       const unsigned lanes = std::min(32u, threads - 32 * w);
       const uint32_t all = ~0u >> (32 - lanes);
@@ -164,11 +196,11 @@ class Stacks {
   size_t bytes_;
 };
 
-// The threads that are resident together: a cooperative grid, or one block of another.
+// The threads that are resident together: a cooperative grid, or one cluster or block of another.
 class Residents {
  public:
   // `blocks` blocks of the grid, from block `first`.
-  Residents(size_t first, size_t blocks, size_t shared_bytes, bool cooperative, uint64_t seed,
+  Residents(size_t first, size_t blocks, size_t shared_bytes, Together together, uint64_t seed,
             const std::function<void()>& thread);
   Residents(const Residents&) = delete;
   ~Residents() { unseen_.emplace(); }
@@ -177,12 +209,15 @@ class Residents {
 
   // For the running fiber.
   Fiber& self() { return *self_; }
-  bool cooperative() const { return cooperative_; }
+  bool cooperative() const { return together_.all; }
+  unsigned cluster_size() const { return together_.cluster; }
+  Block& block(size_t i) { return *blocks_[i]; }
   void meet(Meeting& meeting, State state, Place place, bool orders_memory);
   void pause();
   void spin(Place place);
   void note_progress() { idle_ = 0; }
-  Meeting& grid_barrier() { return grid_barrier_; }
+  // Of all these threads: those of the grid, or of the cluster.
+  Meeting& barrier() { return barrier_; }
 
  private:
   static void entry();
@@ -195,14 +230,14 @@ class Residents {
   // not be ordered by what the host does in between, so the host takes no part in any order there.
   std::optional<Unseen> unseen_{std::in_place};
   const std::function<void()>& thread_;
-  bool cooperative_;
+  Together together_;
   std::mt19937_64 random_;
   bool shuffled_;
   std::vector<std::unique_ptr<Block>> blocks_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   Stacks stacks_;
   Queue ready_;
-  Meeting grid_barrier_;
+  Meeting barrier_;
   Context main_;
   Fiber* self_ = nullptr;
   size_t live_;
@@ -217,20 +252,21 @@ char launch_begins, launch_ends;
 Residents* residents = nullptr;
 uint64_t seed_of_runs = 0;
 
-Residents::Residents(size_t first, size_t blocks, size_t shared_bytes, bool cooperative,
+Residents::Residents(size_t first, size_t blocks, size_t shared_bytes, Together together,
                      uint64_t seed, const std::function<void()>& thread)
     : thread_(thread),
-      cooperative_(cooperative),
+      together_(together),
       random_(seed),
       shuffled_(seed != 0),
       stacks_(blocks * volume(blockDim)),
       ready_(blocks * volume(blockDim)),
-      grid_barrier_(blocks * volume(blockDim)),
+      barrier_(blocks * volume(blockDim)),
       live_(blocks * volume(blockDim)) {
   const size_t threads = volume(blockDim);
   for (size_t b = 0; b < blocks; ++b) {
     blocks_.push_back(std::make_unique<Block>(threads, shared_bytes));
     blocks_[b]->index = unravel(first + b, gridDim);
+    blocks_[b]->rank = b;
     for (size_t t = 0; t < threads; ++t) {
       void* const stack = stacks_[b * threads + t];
       const size_t slot = (first + b) * threads + t;
@@ -245,12 +281,14 @@ void Residents::entry() {
   Residents& r = *residents;
   acquire(&launch_begins);
   r.self().context.started(r.main_);
+  r.self().block->begun = true;
   try {
     r.thread_();
   } catch (...) {
     if (!r.thrown_) r.thrown_ = std::current_exception();
   }
   r.self().state = State::left;
+  --r.self().block->live;
   --r.live_;
   r.note_progress();
   release(&launch_ends);
@@ -289,13 +327,22 @@ void Residents::check_all_left() const {
                 divergent_[1]->place, "\n", list());
   if (live_ > 0 && ready_.empty()) throw Error("deadlock: no thread can go on\n", list());
   if (live_ > 0) throw Error("endless spin: no thread makes progress\n", list());
+  for (const auto& block : blocks_)
+    for (const auto& [address, barrier] : block->transactions)
+      if (!barrier.stores.empty())
+        throw Error("nobody waited for a store that was on its way; issued at ",
+                    barrier.stores[0].place);
 }
 
 // What the threads do, one line for all threads of a block that do the same.
 std::string Residents::list() const {
-  constexpr const char* kWhat[] = {"in the kernel",         "spinning at ",
-                                   "in a warp at ",         "in a block barrier at ",
-                                   "in a grid barrier at ", "no longer in the kernel"};
+  constexpr const char* kWhat[] = {"in the kernel",
+                                   "spinning at ",
+                                   "in a warp at ",
+                                   "in a block barrier at ",
+                                   "in a cluster barrier at ",
+                                   "in a grid barrier at ",
+                                   "no longer in the kernel"};
   std::map<std::pair<size_t, std::string>, int> counts;
   for (const auto& fiber : fibers_) {
     const bool waits = fiber->state != State::running && fiber->state != State::left;
@@ -312,7 +359,7 @@ std::string Residents::list() const {
 
 void Residents::meet(Meeting& meeting, State state, Place place, bool orders_memory) {
   Fiber& fiber = *self_;
-  char* const order = &meeting.order[meeting.turn];
+  char* const order = meeting.current_order();
   fiber.state = state;
   fiber.place = place;
   if (!meeting.waiting.empty()) {
@@ -374,17 +421,60 @@ bool inside(const SharedVariable& variable, const unsigned char* p, size_t bytes
   return p >= begin && p + bytes <= begin + variable.size;
 }
 
+// Whether the bytes are shared memory of a block.
+bool holds(const Block& block, const unsigned char* p, size_t bytes) {
+  bool found = inside(block.dynamic_shared, p, bytes);
+  for (const auto& [key, variable] : block.static_shared)
+    found = found || inside(variable, p, bytes);
+  return found;
+}
+
+// The block's own copy of a static variable, NaN at first.
+unsigned char* static_variable(Block& block, const void* key, size_t bytes) {
+  const auto found = block.static_shared.find(key);
+  if (found != block.static_shared.end()) return found->second.bytes.get();
+  Unseen unseen;
+  return (block.static_shared[key] = nan_bytes(bytes)).bytes.get();
+}
+
+void check_aligned(const void* p, size_t alignment, Place place) {
+  if (reinterpret_cast<uintptr_t>(p) % alignment != 0)
+    throw Error("an address is not aligned to ", alignment, " bytes, at ", place);
+}
+
+// The block of the cluster that has the bytes in its shared memory, and has it for others.
+Block& owner(const void* p, size_t bytes, Place place) {
+  for (unsigned rank = 0; rank < residents->cluster_size(); ++rank) {
+    Block& block = residents->block(rank);
+    if (!holds(block, static_cast<const unsigned char*>(p), bytes)) continue;
+    if (!block.begun || block.live == 0)
+      throw Error("the shared memory of a block that has ", block.begun ? "left" : "not begun",
+                  ", at ", place);
+    return block;
+  }
+  throw Error("an address is not shared memory of the cluster, at ", place);
+}
+
+TransactionBarrier& transactions_at(Block& block, const void* barrier, Place place) {
+  const auto found = block.transactions.find(barrier);
+  if (found == block.transactions.end()) throw Error("no make_barrier has been here, at ", place);
+  return found->second;
+}
+
 }  // namespace
 
 void set_seed(uint64_t seed) { seed_of_runs = seed; }
 
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative,
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, Together together,
               const std::function<void()>& thread) {
   const size_t blocks = volume(grid), threads = volume(block);
   if (blocks == 0 || threads == 0 || threads > kBlockThreads || shared_bytes > kSharedBytes)
     throw Error("a launch needs blocks of 1 to 1024 threads and at most 227 KiB of shared memory, ",
                 "got ", blocks, " blocks of ", threads, " threads with ", shared_bytes, " bytes");
-  const size_t resident = cooperative ? blocks : 1;
+  if (together.cluster == 0 || together.cluster > kClusterBlocks || grid.x % together.cluster != 0)
+    throw Error("clusters have 1 to 16 blocks, of which x has a multiple, got ", together.cluster,
+                " of ", grid.x);
+  const size_t resident = together.all ? blocks : together.cluster;
   if (resident * threads > kFibers)
     throw Error("at most ", kFibers, " threads can be resident here, got ", resident * threads);
   gridDim = grid;
@@ -394,7 +484,7 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative,
     ~Launch() { acquire(&launch_ends); }
   } launch;
   for (size_t first = 0; first < blocks; first += resident)
-    Residents(first, resident, shared_bytes, cooperative, seed_of_runs, thread).run();
+    Residents(first, resident, shared_bytes, together, seed_of_runs, thread).run();
 }
 
 unsigned lane() { return residents->self().lane; }
@@ -402,22 +492,79 @@ unsigned lane() { return residents->self().lane; }
 void* dynamic_shared() { return residents->self().block->dynamic_shared.bytes.get(); }
 
 void* static_shared(const void* key, size_t bytes) {
-  auto& variables = residents->self().block->static_shared;
-  const auto found = variables.find(key);
-  if (found != variables.end()) return found->second.bytes.get();
-  Unseen unseen;
-  return (variables[key] = nan_bytes(bytes)).bytes.get();
+  return static_variable(*residents->self().block, key, bytes);
 }
 
 void check_shared(const void* p, size_t bytes, size_t alignment, Place place) {
+  if (!holds(*residents->self().block, static_cast<const unsigned char*>(p), bytes))
+    throw Error("an address is not this block's shared memory, at ", place);
+  check_aligned(p, alignment, place);
+}
+
+unsigned cluster_rank() { return residents->self().block->rank; }
+
+unsigned cluster_size() { return residents->cluster_size(); }
+
+unsigned char* shared_of(const void* p, unsigned rank, Place place) {
+  if (rank >= residents->cluster_size())
+    throw Error("a cluster of ", residents->cluster_size(), " blocks has no block ", rank, ", at ",
+                place);
+  const Block& own = *residents->self().block;
+  Block& other = residents->block(rank);
   const auto* const first = static_cast<const unsigned char*>(p);
-  const Block& block = *residents->self().block;
-  bool found = inside(block.dynamic_shared, first, bytes);
-  for (const auto& [key, variable] : block.static_shared)
-    found = found || inside(variable, first, bytes);
-  if (!found) throw Error("an address is not this block's shared memory, at ", place);
-  if (reinterpret_cast<uintptr_t>(p) % alignment != 0)
-    throw Error("an address is not aligned to ", alignment, " bytes, at ", place);
+  if (inside(own.dynamic_shared, first, 0))
+    return other.dynamic_shared.bytes.get() + (first - own.dynamic_shared.bytes.get());
+  for (const auto& [key, variable] : own.static_shared)
+    if (inside(variable, first, 0))
+      return static_variable(other, key, variable.size) + (first - variable.bytes.get());
+  throw Error("an address is not this block's shared memory, at ", place);
+}
+
+void check_shared_of_cluster(const void* p, size_t bytes, Place place) {
+  owner(p, bytes, place);
+  check_aligned(p, bytes, place);
+}
+
+void make_barrier(const void* barrier, unsigned arrivals, Place place) {
+  check_shared(barrier, 8, 8, place);
+  Unseen unseen;
+  residents->self().block->transactions[barrier] = {arrivals, arrivals, 0, 0, {}, 0};
+}
+
+void expect_bytes(const void* barrier, size_t bytes, Place place) {
+  TransactionBarrier& b = transactions_at(*residents->self().block, barrier, place);
+  release(&b.order);
+  b.bytes += static_cast<int64_t>(bytes);
+  if (b.missing-- == 0) throw Error("more arrivals than a phase has, at ", place);
+  b.end_phase_if_complete();
+  residents->note_progress();
+}
+
+void send(const void* barrier, void* to, const void* bytes, Place place) {
+  Block& block = owner(to, 16, place);
+  TransactionBarrier& b = transactions_at(block, barrier, place);
+  release(&b.order);
+  TransactionBarrier::Store store = {static_cast<unsigned char*>(to), {}, place};
+  Unseen unseen;
+  std::memcpy(store.bytes, bytes, sizeof store.bytes);
+  b.stores.push_back(store);
+  residents->note_progress();
+}
+
+bool phase_ended(const void* barrier, unsigned parity, Place place) {
+  TransactionBarrier& b = transactions_at(*residents->self().block, barrier, place);
+  for (const TransactionBarrier::Store& store : b.stores) {
+    // The sender's store, which is what TSan has seen: byte by byte, lest this be a memcpy.
+    for (size_t i = 0; i < sizeof store.bytes; ++i)
+      static_cast<volatile unsigned char*>(store.to)[i] = store.bytes[i];
+    b.bytes -= sizeof store.bytes;
+    residents->note_progress();
+  }
+  b.stores.clear();
+  b.end_phase_if_complete();
+  if (b.phase % 2 == parity) return false;
+  acquire(&b.order);
+  return true;
 }
 
 void block_barrier(Place place) {
@@ -427,7 +574,24 @@ void block_barrier(Place place) {
 void grid_barrier(Place place) {
   if (!residents->cooperative())
     throw Error("a grid barrier outside a cooperative launch, at ", place);
-  residents->meet(residents->grid_barrier(), State::in_grid, place, true);
+  residents->meet(residents->barrier(), State::in_grid, place, true);
+}
+
+void cluster_arrive(Place place) {
+  Fiber& fiber = residents->self();
+  if (fiber.arrived) throw Error("a second arrival at the cluster's barrier, at ", place);
+  fiber.arrived = true;
+  release(residents->barrier().current_order());
+}
+
+void cluster_wait(Place place) {
+  Fiber& fiber = residents->self();
+  if (!fiber.arrived) throw Error("a wait for the cluster without an arrival, at ", place);
+  fiber.arrived = false;
+  Meeting& barrier = residents->barrier();
+  char* const order = barrier.current_order();
+  residents->meet(barrier, State::in_cluster, place, false);
+  acquire(order);
 }
 
 void warp_barrier(uint32_t mask, Place place) {
