@@ -345,7 +345,10 @@ class FusedRNNBase(RNNBase):
         Dropout falls on the output of each layer but the last, in the layout in which torch.nn
         applies it: the same seed gives the same mask.
         """
-        self._check_sequence(sequence, batch_sizes, self.weight_ih_l0)  # type: ignore[arg-type]
+        packed = self._packed
+        weights = [] if packed else self._weights_by_layer()
+        first = packed[0] if packed else weights[0].weight_ih[0]
+        self._check_sequence(sequence, batch_sizes, first)
         if states is not None:
             self._check_states(states, batch)
         elif batch_sizes is not None or self.learn_initial_state:
@@ -356,13 +359,13 @@ class FusedRNNBase(RNNBase):
             reset_states = self._initial_states(sequence, batch)
 
         cell, options = self.mode.lower(), self._cell_options()
-        if self._packed is not None and not all_states:
+        if packed:
             primals = sequence, *(states or ()), *(reset_states or ())
-            if ops.runs_packed(*primals):
+            if not all_states and ops.runs_packed(*primals):
                 output, last = ops.stack(
                     sequence,
                     states,
-                    self._packed,
+                    packed,
                     cell=cell,
                     hidden_size=self.hidden_size,
                     output_size=self.proj_size or self.hidden_size,
@@ -373,8 +376,7 @@ class FusedRNNBase(RNNBase):
                     options=options,
                 )
                 return output, last, []
-
-        weights = [self._layer_weights(layer) for layer in range(self.num_layers)]
+            weights = self._weights_by_layer()
         initial = _by_layer(states, len(weights))
         after_reset = _by_layer(reset_states, len(weights))
         final: list[tuple[Tensor, ...]] = []
@@ -408,6 +410,9 @@ class FusedRNNBase(RNNBase):
 
     def _cell_options(self) -> CellOptions:
         return CellOptions(self.gate_slope, self.cell_clip, self.grad_clip_value)
+
+    def _weights_by_layer(self) -> list[LayerWeights]:
+        return [self._layer_weights(layer) for layer in range(self.num_layers)]
 
     def _layer_weights(self, layer: int) -> LayerWeights:
         # A compiler traces the function itself, and warns of a cache.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -91,7 +92,8 @@ def explain(module: RNNBase | Frozen, T: int, B: int, *, device: str | Gpu | Non
     if where == "cuda" and not families.has_kernels("cuda", weight.device.index):
         lines.append("  on CUDA: torch's own op, since this build has no code for the device")
     elif where == "cpu":
-        lines += _cpu(_C.plan_cpu(*layer, module.num_layers, torch.get_num_threads()), frozen)
+        threads = min(torch.get_num_threads(), os.cpu_count() or 1)  # as the op takes them
+        lines += _cpu(_C.plan_cpu(*layer, module.num_layers, threads), frozen)
     else:
         lines += _cuda(layer, _gpu(where, weight.device.index), weight.dtype)
     return "\n".join(lines)
@@ -154,7 +156,9 @@ def _cuda(layer: _Layer, gpu: Gpu, dtype: torch.dtype) -> list[str]:
             plan = _C.plan_cluster(*layer, limits)
         else:
             plan = _C.plan_cuda(*layer, tf32, limits, backward)
-        if plan["family"] == "cluster":
+        if families.forced() == "cluster" and not backward and plan["why"]:
+            how = f"clusters cannot run it: {plan['why']}"
+        elif plan["family"] == "cluster":
             how = (
                 f"clusters: {plan['blocks'] // plan['cluster']} of {plan['cluster']} blocks of "
                 f"{plan['units']} hidden units, {plan['batch_tile']} sequences each, weights in "

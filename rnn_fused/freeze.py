@@ -79,10 +79,10 @@ class Frozen(nn.Module):
     inputs only. Its options can be read under their names. Weights are packed for the processor of
     this machine; pickles are packed again where they are loaded.
 
-    Packed weights are used on the CPU, outside autocast, transforms and `torch.export`, by calls
-    that record no gradients and do not return all states; all layers are then one call. Elsewhere
-    it runs as the module did. `torch.export` needs strict=False, its default, for weights that are
-    no parameters.
+    Packed weights are used on the CPU, outside autocast, transforms, `torch.export` and other
+    tracers, by calls that record no gradients and do not return all states; all layers are then one
+    call. Elsewhere it runs as the module did. `torch.export` needs strict=False, its default, for
+    weights that are no parameters.
     """
 
     def __init__(self, module: FusedRNNBase) -> None:
@@ -109,7 +109,7 @@ class Frozen(nn.Module):
 
     def _pack(self) -> None:
         module: FusedRNNBase = self._module
-        layers = [module._layer_weights(layer) for layer in range(module.num_layers)]
+        layers = module._weights_by_layer()
         if host_knows(layers[0].weight_hh[0]):
             module._packed = [ops.pack_weights(w, module.mode.lower()) for w in layers]
 

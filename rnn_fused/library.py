@@ -64,6 +64,20 @@ def run(op: Callable[..., Any], *args: Any) -> Any:
             raise
 
 
+def _check_devices(cell: str, input: Tensor, *others: Tensor | None) -> None:
+    """The kernels check this too, but a meta tensor among the arguments leads to fakes instead."""
+    for tensor in others:
+        if tensor is not None and tensor.device != input.device:
+            devices = f"{input.device} and {tensor.device}"
+            raise RuntimeError(f"[{cell}] all tensors must be on one device, got {devices}")
+
+
+def _check_batch(cell: str, input: Tensor, hx: Tensor | None, sizes: Tensor | None) -> None:
+    """The kernels check this as well."""
+    if hx is None and sizes is not None and input.dim() == 2:
+        raise RuntimeError(f"[{cell}] hx must be given with batch_sizes, which do not tell B")
+
+
 @torch.library.register_fake("rnn_fused::layer_forward")
 def _fake_forward(
     input: Tensor,
@@ -87,18 +101,12 @@ def _fake_forward(
     save_gates: bool,
     save_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    # The kernels check this too, but a meta tensor among the arguments leads here instead.
-    states = hx, cx, reset_hx, reset_cx, resets
-    for tensor in (*states, *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr):
-        if tensor is not None and tensor.device != input.device:
-            devices = f"{input.device} and {tensor.device}"
-            raise RuntimeError(f"[{cell}] all tensors must be on one device, got {devices}")
+    weights = *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr
+    _check_devices(cell, input, hx, cx, reset_hx, reset_cx, resets, *weights)
+    _check_batch(cell, input, hx, sizes)
     directions = len(weight_ih)
     hidden = weight_ih[0].shape[0] // GATES[cell]
     if hx is None:
-        # The kernels check this as well.
-        if sizes is not None and input.dim() == 2:
-            raise RuntimeError(f"[{cell}] hx must be given with batch_sizes, which do not tell B")
         state = directions, input.shape[1]
         h_n = input.new_empty(*state, weight_hr[0].shape[0] if weight_hr else hidden)
         c_n = input.new_empty(*state, hidden) if cell == "lstm" else input.new_empty(0)
@@ -133,6 +141,8 @@ def _fake_stack(
     gate_slope: float,
     cell_clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(cell, input, hx, cx, reset_hx, reset_cx, resets, *packed)
+    _check_batch(cell, input, hx, sizes)
     directions = packed[0].shape[0]
     state = len(packed) * directions, input.shape[1] if hx is None else hx.shape[1]
     return (

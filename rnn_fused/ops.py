@@ -193,13 +193,16 @@ def stack(
 
 def runs_packed(*primals: Tensor) -> bool:
     """Whether `stack` runs these, an input and states: on the CPU, where no gradients are recorded,
-    outside autocast, transforms, forward mode and `torch.export`, whose program may be loaded where
-    packed weights have another order."""
+    outside autocast, transforms and forward mode. Not for `torch.export` and other tracers, whose
+    program may be loaded where packed weights have another order."""
     if torch.compiler.is_compiling():
         if not primals[0].is_cpu or torch.compiler.is_exporting():
             return False
-    elif not host_knows(primals[0]):
-        return False
+    else:
+        recorded = torch._C._get_tracing_state() is not None
+        traced = recorded or torch._C._len_torch_dispatch_stack() > 0
+        if traced or not host_knows(primals[0]):
+            return False
     if torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):
         return False
     records = torch.is_grad_enabled() and any(x.requires_grad for x in primals)

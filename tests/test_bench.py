@@ -346,7 +346,8 @@ def test_cuda_has_defaults_of_its_own() -> None:
     assert options.grid == "deepbench_train, flashrnn, rl, everyday"
     assert options.dtypes == (torch.bfloat16, torch.float16, torch.float32)
     assert set(options.providers) == {
-        "rnn_fused", "rnn_fused stepwise", "rnn_fused persistent", "flashrnn", "torchrl", "naive",
+        "rnn_fused", "rnn_fused stepwise", "rnn_fused persistent", "rnn_fused cluster",
+        "flashrnn", "torchrl", "naive",
     }  # fmt: skip
     assert options.sections == ("devices", "grid")
     assert parse([]).providers == ("rnn_fused", "rnn_fused frozen", "onnxruntime", "naive")

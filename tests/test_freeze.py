@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from typing import Any
 
@@ -12,7 +13,8 @@ from helpers import KINDS, each_kind, problem, threads
 from pairs import LAYERS, tensors
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn.utils import parametrizations, prune
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnn_fused
@@ -121,6 +123,7 @@ def test_every_form_of_input_and_option(which: str, ops_called: list[str]) -> No
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="threads are no more than the cores")
 @each_module
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_layers_side_by_side(which: str, dtype: torch.dtype) -> None:
@@ -128,12 +131,21 @@ def test_layers_side_by_side(which: str, dtype: torch.dtype) -> None:
     module = make(which, num_layers=3, dtype=dtype)
     frozen, x = freeze(module), torch.randn(600, 1, I, dtype=dtype)
     resets = torch.rand(600, 1) < 0.02
-    with torch.no_grad(), threads(3):
+    with torch.no_grad(), threads(2):
         expected = tensors(module(x, resets=resets))
-        assert "layers divided among 3 threads" in rnn_fused.explain(frozen, 600, 1)
+        assert "layers divided among 2 threads" in rnn_fused.explain(frozen, 600, 1)
         for _ in range(5):
             ours = tensors(frozen(x, resets=resets))
             torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("B", [3, 40, 256, 450])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_many_sequences_of_small_layers(B: int, count: int) -> None:
+    module = rnn_fused.LSTM(4, 4, 4)
+    frozen, x = freeze(module), torch.randn(12, B, 4)
+    with torch.no_grad(), threads(count):
+        torch.testing.assert_close(tensors(frozen(x)), tensors(module(x)), rtol=0, atol=0)
 
 
 def test_dropout_is_off() -> None:
@@ -347,6 +359,48 @@ def test_transforms() -> None:
     torch.testing.assert_close(each.squeeze(2), expected)
 
 
+def test_tracers() -> None:
+    """What they record may run where weights are packed otherwise."""
+    module, x = make("gru"), torch.randn(8, 3, I)
+    frozen = freeze(module)
+    with torch.no_grad():
+        expected = module(x)[0]
+        traced = torch.jit.trace(lambda x: frozen(x)[0], x, check_trace=False)
+        for _ in range(3):
+            torch.testing.assert_close(traced(x), expected)
+        graph = make_fx(lambda x: frozen(x)[0])(x)
+        torch.testing.assert_close(graph(x), expected)
+    assert "stack_infer" not in str(traced.graph) + graph.code
+
+
+@pytest.mark.parametrize("what", ["hx", "resets", "reset_state"])
+def test_tensors_of_two_devices(what: str) -> None:
+    frozen, x = freeze(make("gru")), torch.randn(8, 3, I)
+    state, resets = torch.zeros(2, 3, H, device="meta"), torch.zeros(8, 3, dtype=torch.bool)
+    calls: dict[str, dict[str, Any]] = {
+        "hx": {"hx": state},
+        "resets": {"resets": resets.to("meta")},
+        "reset_state": {"resets": resets, "reset_state": state},
+    }
+    with torch.no_grad(), pytest.raises(RuntimeError, match="must be on one device, got cpu and m"):
+        frozen(x, **calls[what])
+
+
+def test_a_parametrised_weight_is_computed_once() -> None:
+    calls = []
+
+    class Count(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            calls.append(weight)
+            return 2 * weight
+
+    module = make("lstm")
+    parametrize.register_parametrization(module, "weight_ih_l0", Count())
+    calls.clear()
+    module(torch.randn(8, 3, I))
+    assert len(calls) == 1
+
+
 def test_other_devices() -> None:
     frozen = freeze(make("lstm", device="meta"))
     with torch.no_grad():
@@ -408,6 +462,10 @@ def test_mistakes_of_the_ops(kind: str) -> None:
         run([packed[:, 1:]])
     with pytest.raises(RuntimeError, match="packed must have the dtype of input, Double"):
         run([packed.float()])
+    with pytest.raises(RuntimeError, match=rf"{name} packed must be what pack_weights makes here"):
+        run([torch.zeros_like(packed)])
+    with pytest.raises(RuntimeError, match=rf"{name} all tensors must be on one device"):
+        run([packed.to("meta")])
     for nothing in ([], [packed[0]]):
         with pytest.raises(RuntimeError, match=rf"{name} packed must hold a tensor \[D, packed"):
             run(nothing)

@@ -32,6 +32,30 @@ PackParams pack_params(const Sequences& like, int64_t input_size) {
   return {s.cell, s.dtype, input_size, s.H, s.P, {}, {}, {}, {}, {}};
 }
 
+// What stands behind the packed weights of a direction: whom they are for, since sizes alone do not
+// tell.
+struct PackedTag {
+  int32_t isa, input_size;
+  bool operator==(const PackedTag&) const = default;
+};
+
+PackedTag tag_of(const PackParams& params) {
+  return {static_cast<int32_t>(selected_isa()), static_cast<int32_t>(params.I)};
+}
+
+// How many values a direction has with its tag, in whole cache lines: the next one is aligned.
+int64_t packed_size(const PackParams& params, int64_t element_size) {
+  constexpr int64_t kLine = 64;
+  const int64_t bytes = cpu_pack_weights(selected_isa(), params, nullptr) * element_size +
+                        static_cast<int64_t>(sizeof(PackedTag));
+  return (bytes + kLine - 1) / kLine * kLine / element_size;
+}
+
+// Of direction d.
+char* place_of_tag(const Tensor& packed, int64_t d) {
+  return static_cast<char*>(at(packed, (d + 1) * packed.size(1))) - sizeof(PackedTag);
+}
+
 ForwardTensors layer_forward(Tensor input, OptionalTensor hx, OptionalTensor cx,
                              OptionalTensor reset_hx, OptionalTensor reset_cx, Tensors weight_ih,
                              Tensors weight_hh, Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
@@ -70,21 +94,23 @@ Tensor pack_weights(Tensors weight_ih, Tensors weight_hh, Tensors bias_ih, Tenso
     params.weight_hr = w.weight_hr;
     params.bias_ih = w.bias_ih;
     params.bias_hh = w.bias_hh;
-    if (d == 0) packed = allocate(like, {D, cpu_pack_weights(selected_isa(), params, nullptr)});
+    if (d == 0) packed = allocate_zeros(like, {D, packed_size(params, like.element_size())});
     cpu_pack_weights(selected_isa(), params, at(packed, d * packed.size(1)));
+    const PackedTag tag = tag_of(params);
+    std::memcpy(place_of_tag(packed, d), &tag, sizeof tag);
   }
   return packed;
 }
 
 // The layers of a stack, their weights packed.
-struct Stack : Sequences {
+struct PackedLayers : Sequences {
   Tensors packed;
 
-  Stack(const Tensor& input_, const OptionalTensor& hx_, const OptionalTensor& cx_,
-        const OptionalTensor& reset_hx_, const OptionalTensor& reset_cx_, const Tensors& packed_,
-        const OptionalTensor& sizes, const OptionalTensor& resets_, const std::string& cell,
-        int64_t hidden_size, int64_t output_size, double gate_slope,
-        std::optional<double> cell_clip)
+  PackedLayers(const Tensor& input_, const OptionalTensor& hx_, const OptionalTensor& cx_,
+               const OptionalTensor& reset_hx_, const OptionalTensor& reset_cx_,
+               const Tensors& packed_, const OptionalTensor& sizes, const OptionalTensor& resets_,
+               const std::string& cell, int64_t hidden_size, int64_t output_size, double gate_slope,
+               std::optional<double> cell_clip)
       : Sequences(input_, hx_, sizes, cell, directions_of(packed_, cell), gate_slope, cell_clip,
                   std::nullopt) {
     const bool projected = lstm() && output_size < hidden_size;
@@ -97,8 +123,16 @@ struct Stack : Sequences {
     for (size_t l = 0; l < packed_.size(); ++l) {
       const PackParams params = pack_params(*this, input_size(l));
       packed.push_back(checked(packed_[l], "packed",
-                               {D(), cpu_pack_weights(selected_isa(), params, nullptr)},
+                               {D(), packed_size(params, input.element_size())},
                                "[D, packed values]"));
+      for (int64_t d = 0; d < D(); ++d) {
+        PackedTag tag;
+        std::memcpy(&tag, place_of_tag(packed[l], d), sizeof tag);
+        RNN_FUSED_CHECK(tag == tag_of(params), "[", name,
+                        "] packed must be what pack_weights makes here, for ",
+                        isa_name(selected_isa()), " and an input of ", params.I,
+                        ", got weights packed for another instruction set or input");
+      }
     }
     read_resets(resets_, reset_hx_, reset_cx_);
   }
@@ -119,8 +153,8 @@ std::tuple<Tensor, Tensor, Tensor> stack_infer(Tensor input, OptionalTensor hx, 
                                                OptionalTensor resets, std::string cell,
                                                int64_t hidden_size, int64_t output_size,
                                                double gate_slope, std::optional<double> cell_clip) {
-  const Stack stack(input, hx, cx, reset_hx, reset_cx, packed, sizes, resets, cell, hidden_size,
-                    output_size, gate_slope, cell_clip);
+  const PackedLayers stack(input, hx, cx, reset_hx, reset_cx, packed, sizes, resets, cell,
+                           hidden_size, output_size, gate_slope, cell_clip);
   const LayerShape& s = stack.shape;
   const size_t layers = stack.packed.size();
   const int64_t D = stack.D(), width = D * s.P;

@@ -26,10 +26,6 @@ enum class Cell { lstm, gru, rnn_tanh, rnn_relu };
 // Storage type. Maths and accumulation happen in float for the 16-bit types.
 enum class DType { f32, f64, bf16, f16 };
 
-RNN_FUSED_HD constexpr int64_t size_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
-
 struct Range {
   int64_t begin, end;
 };

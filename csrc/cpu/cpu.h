@@ -28,21 +28,21 @@ struct Schedule : Plan {
 };
 
 // Layers of a stack, and how many parts of it run side by side.
-struct Stack {
+struct StackParams {
   const ForwardParams* layers;
   int64_t count, parts;
 };
 
 // One set per instruction set, defined in isa_*.cpp.
-#define RNN_FUSED_DECLARE_ISA(name)                                                        \
-  namespace name {                                                                         \
-  void forward(const ForwardParams& params, const Schedule& schedule, const Host& host);   \
-  void forward_stack(const Stack& stack, const Schedule& schedule, const Host& host);      \
-  void backward(const BackwardParams& params, const Schedule& schedule, const Host& host); \
-  void gates(const GatesParams& params, const Host& host);                                 \
-  void input_gradient(const InputGradientParams& params, const Host& host);                \
-  void outer_product(const OuterProductParams& params, const Host& host);                  \
-  int64_t pack_weights(const PackParams& params, void* out);                               \
+#define RNN_FUSED_DECLARE_ISA(name)                                                         \
+  namespace name {                                                                          \
+  void forward(const ForwardParams& params, const Schedule& schedule, const Host& host);    \
+  void forward_stack(const StackParams& stack, const Schedule& schedule, const Host& host); \
+  void backward(const BackwardParams& params, const Schedule& schedule, const Host& host);  \
+  void gates(const GatesParams& params, const Host& host);                                  \
+  void input_gradient(const InputGradientParams& params, const Host& host);                 \
+  void outer_product(const OuterProductParams& params, const Host& host);                   \
+  int64_t pack_weights(const PackParams& params, void* out);                                \
   }
 RNN_FUSED_DECLARE_ISA(portable)
 RNN_FUSED_DECLARE_ISA(avx2)

@@ -78,7 +78,9 @@ class InputProduct {
         ldx_(padded_depth<T>(params.I)),
         bias_(params.H, dir.bias_ih, dir.bias_hh) {
     const int64_t rows = std::max<int64_t>(params.B / schedule.row_parts, 1);
-    chunk_ = std::clamp<int64_t>(rows_per_chunk() / rows, 1, std::min(params.T, schedule.window));
+    const int64_t window = std::min(params.T, schedule.window);
+    chunk_ = std::clamp<int64_t>(rows_per_chunk() / rows, 1, window);
+    while (window < params.T && window % chunk_ != 0) --chunk_;  // each ends where a window does
     sums_ = Buffer<A>(panels_ * panel_stride());
     if (params.input_in_gates) return;
     weights_ = Gate(dir.weight_ih, params.H, params.I, schedule.pack, Bias::kFirstGate, packed);

@@ -40,7 +40,7 @@ void forward(const ForwardParams& params, const Schedule& schedule, const Host& 
             [&](auto t) { run_cell<Forward, decltype(t)>(params.cell, params, schedule, host); });
 }
 
-void forward_stack(const Stack& stack, const Schedule& schedule, const Host& host) {
+void forward_stack(const StackParams& stack, const Schedule& schedule, const Host& host) {
   with_type(stack.layers->dtype, false, [&](auto t) {
     run_cell<Wavefront, decltype(t)>(stack.layers->cell, stack, schedule, host);
   });

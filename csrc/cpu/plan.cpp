@@ -4,21 +4,35 @@
 
 namespace rnn_fused {
 
+namespace {
+
+// Multiply-adds of the recurrent product of a step.
+double work_of_step(const LayerShape& s) {
+  const double columns = gate_count(s.cell) * s.H + (s.projected() ? s.H : 0);
+  return columns * s.P * s.B * s.directions;
+}
+
+}  // namespace
+
 Plan plan_layer(const LayerShape& s, int threads) {
-  // Measured: docs/performance.md. Work is counted in multiply-adds of the recurrent product.
+  // Measured: docs/performance.md.
   constexpr double kStepToRepayBarrier = 60e3;
   constexpr int64_t kUnitsOfAPart = 64;  // fewer leave parts without a panel, which only wait
+  constexpr int64_t kFewSequences = 2;   // of a part: reading the weights takes longest
 
   Plan plan;
   plan.pack = repays_packing(s);
-  const double columns = gate_count(s.cell) * s.H + (s.projected() ? s.H : 0);
-  const double step = columns * s.P * s.B * s.directions;
+  const double step = work_of_step(s);
   if (threads == 1 || step * s.T < kWorkToRepayThreads) return plan;
 
   // The directions run side by side, so that each wants half of an even number of threads.
   const int64_t wanted = s.directions == 2 && threads % 2 == 0 ? threads / 2 : threads;
   const int64_t unit_parts = std::clamp<int64_t>(s.H / kUnitsOfAPart, 1, threads);
-  if (s.B < wanted && unit_parts > s.B && !s.projected() && step >= kStepToRepayBarrier)
+  // Parts that divide the sequences read all weights each, those that divide the units their own.
+  const bool idle = s.B < wanted && unit_parts > s.B && step >= kStepToRepayBarrier;
+  const bool reads = wanted > 1 && s.B <= kFewSequences * wanted && unit_parts == threads &&
+                     step >= kStepToRepayBarrier / 2 * threads;
+  if ((idle || reads) && !s.projected())
     plan.unit_parts = unit_parts;
   else
     plan.row_parts = std::min<int64_t>(wanted, s.B);
@@ -27,8 +41,10 @@ Plan plan_layer(const LayerShape& s, int threads) {
 
 int64_t plan_stack(const LayerShape& s, int64_t layers, int threads) {
   const int64_t parts = std::min<int64_t>(layers, threads);
-  const double work = static_cast<double>(gate_count(s.cell)) * s.H * s.P * s.B * s.T * layers;
-  if (parts < 2 || s.directions > 1 || s.batch_sizes || work < kWorkToRepayThreads) return 1;
+  const double work = work_of_step(s) * s.T * layers;
+  if (parts < 2 || s.B >= threads || s.directions > 1 || s.batch_sizes ||
+      work < kWorkToRepayThreads)
+    return 1;
   // The upper parts begin late, and the lower ones end early.
   const int64_t chunks = (s.T + kTimestepsBehind - 1) / kTimestepsBehind;
   const Plan plan = plan_layer(s, threads);

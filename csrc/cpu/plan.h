@@ -20,7 +20,8 @@ struct Plan {
   // hidden units are, with a barrier every step.
   int64_t row_parts = 1;
   int64_t unit_parts = 1;
-  // Most timesteps for which the input is multiplied at a time.
+  // How many timesteps of the input are there when the first of them runs: windows one after
+  // another.
   int64_t window = std::numeric_limits<int64_t>::max();
 };
 

@@ -234,24 +234,44 @@ inline __attribute__((always_inline)) void dots(int rows, const Operand<T>* a, i
   dot_rows<T, kMost>(a, lda, w, K, out);
 }
 
-// Where `w` has a row per k, `stride` apart: out[c] = init[c] + sum_k a[k] * w[k * stride + c], c <
-// columns.
-template <class T, int kVectors>
-void multiply_rows(const Operand<T>* a, const T* w, int64_t stride, int64_t columns, int64_t K,
-                   const Acc<T>* init, Acc<T>* out) {
+// Where `w` has a row per k, `stride` apart: out[r * ldo + c] = init[r * ldi + c] + sum_k a[r * lda
+// + k] * w[k * stride + c], c < columns. Every weight is read once for all rows.
+template <class T, int kVectors, int kRows>
+__attribute__((noinline)) void multiply_rows(const Operand<T>* a, int64_t lda, const T* w,
+                                             int64_t stride, int64_t columns, int64_t K,
+                                             const Acc<T>* init, int64_t ldi, Acc<T>* out,
+                                             int64_t ldo) {
   using A = Acc<T>;
-  Vec<A> sum[kVectors];
-  for (int v = 0; v < kVectors; ++v) sum[v] = load(init + v * kLanes<A>);
-  for (int64_t k = 0; k < K; ++k) {
-    const Vec<A> value = broadcast(to_accumulation(a[k]));
+  Vec<A> sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(init + r * ldi + v * kLanes<A>);
+  for (int64_t k = 0; k < K; ++k, w += stride) {
+    Vec<A> value[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) value[r] = broadcast(to_accumulation(a[r * lda + k]));
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const int64_t rest = columns - v * kLanes<A>;
       if (rest <= 0) break;
-      const T* column = w + k * stride + v * kLanes<A>;
-      sum[v] += value * load(column, lanes_left<T>(rest));
+      const Vec<A> weight = load(w + v * kLanes<A>, lanes_left<T>(rest));
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sum[r][v] += value[r] * weight;
     }
   }
-  for (int v = 0; v < kVectors; ++v) store(out + v * kLanes<A>, sum[v]);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(out + r * ldo + v * kLanes<A>, sum[r][v]);
+}
+
+// For 1 to kMost rows.
+template <class T, int kVectors, int kMost, class... Args>
+inline __attribute__((always_inline)) void multiply_few_rows(int rows, Args... args) {
+  if constexpr (kMost > 1)
+    if (rows < kMost) return multiply_few_rows<T, kVectors, kMost - 1>(rows, args...);
+  multiply_rows<T, kVectors, kMost>(args...);
 }
 
 }  // namespace rnn_fused::RNN_FUSED_ISA

@@ -12,7 +12,7 @@ namespace rnn_fused::RNN_FUSED_ISA {
 template <class T, Cell kCell>
 class Wavefront {
  public:
-  Wavefront(const Stack& stack, const Schedule& schedule, const Host& host)
+  Wavefront(const StackParams& stack, const Schedule& schedule, const Host& host)
       : parts_(stack.parts), window_(schedule.window), host_(host), shape_(*stack.layers) {
     for (int64_t l = 0; l < stack.count; ++l) loops_.emplace_back(stack.layers[l], schedule, host);
   }

@@ -116,9 +116,12 @@ class Weights {
                          From from, To to) const {
     const int64_t column = p * kColumns;
     if constexpr (kLayout == Layout::rows) {
-      for (int i = 0; i < height; ++i)
-        multiply_rows<T, kVectors>(a + i * lda, weight_ + column, columns_, columns_ - column, K_,
-                                   from.at(row + i, p), to.at(row + i, p));
+      constexpr int kMost = kTileRows<Acc<T>, 4>;  // whose sums fit in the registers
+      for (int i = 0; i < height; i += kMost)
+        multiply_few_rows<T, kVectors, kMost>(std::min(height - i, kMost), a + i * lda, lda,
+                                              weight_ + column, columns_, columns_ - column, K_,
+                                              from.at(row + i, p), from.row_stride,
+                                              to.at(row + i, p), to.row_stride);
     } else {
       for (int64_t c = 0; c < kPanelWidth; ++c) {
         const int64_t j = column + c % kColumns;

@@ -102,7 +102,9 @@ std::vector<Forward> run_in_turn(Isa isa, std::vector<Layer> layers) {
   return results;
 }
 
-void check_stack(Sizes sizes, size_t count, bool side_by_side) {
+void check_stack(Sizes sizes, size_t count, bool side_by_side,
+                 std::span<const NamedHost> hosts = kHosts,
+                 const std::vector<Isa>& isas = two_isas()) {
   CAPTURE(sizes);
   CAPTURE(count);
   sizes.gap = 0;  // one layer's output is the next one's input
@@ -117,11 +119,11 @@ void check_stack(Sizes sizes, size_t count, bool side_by_side) {
     layers[l].reset_flags = layers[0].reset_flags;
     sizes.I = sizes.directions * (sizes.P ? sizes.P : sizes.H);
   }
-  for (Isa isa : two_isas()) {
+  for (Isa isa : isas) {
     CAPTURE(isa);
     const std::vector<Forward> expected = run_in_turn(isa, layers);
     CHECK(run_stack(isa, layers, kOneThread) == expected);
-    for (const auto& [name, host] : kHosts) {
+    for (const auto& [name, host] : hosts) {
       CAPTURE(name);
       const auto layers_in_all = static_cast<int64_t>(count);
       REQUIRE((plan_stack(layers[0].shape(), layers_in_all, host.threads) > 1) == side_by_side);
@@ -140,6 +142,14 @@ TEST_CASE("layers of a stack side by side change no bit") {
     }
   Sizes sizes{Cell::lstm, DType::bf16, 100, 1, 30, 100, 33};
   check_stack(sizes, 4, true);
+}
+
+// So many, of so many units, that the input is multiplied for fewer timesteps at a time than a
+// layer is behind another.
+TEST_CASE("layers side by side with some sequences each change no bit") {
+  const NamedHost hosts[] = {{"13 asked for, nested", {as_one_range, 13}}};
+  Sizes sizes{Cell::gru, DType::f64, 33 * kTimestepsBehind + 3, 9, 5, 176};
+  check_stack(sizes, 13, true, hosts, {selected_isa()});
 }
 
 TEST_CASE("other stacks run layer after layer") {
@@ -239,8 +249,8 @@ TEST_CASE("a plan divides sequences or units but never more than there are") {
     CHECK((plan.unit_parts == 1 || !shape.projected()));
     const int64_t layers = random.integer(1, 6), parts = plan_stack(shape, layers, threads);
     CHECK((parts >= 1 && parts <= std::min<int64_t>(threads, layers)));
-    // Layers side by side are for what a layer by itself leaves idle.
-    CHECK((parts == 1 || (parts > plan.row_parts && plan.unit_parts == 1)));
+    // Layers side by side are for threads that a layer by itself leaves idle.
+    CHECK((parts == 1 || (shape.B < threads && parts > plan.row_parts && plan.unit_parts == 1)));
     // The weights' layout may change the order of sums, so that threads must not choose it.
     CHECK(plan.pack == plan_layer(shape, 1).pack);
   }

@@ -45,6 +45,10 @@ struct Format16 {
 
 constexpr Format16 kBf16 = {7, -126}, kF16 = {10, -14};
 
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
 inline DType accumulation(DType dtype) { return dtype == DType::f64 ? dtype : DType::f32; }
 
 // Largest relative error of rounding to the type.
