@@ -31,7 +31,7 @@ def kernels(family: str) -> Iterator[None]:
     - "stepwise": a product and a fused kernel for each timestep; any sizes, dtypes, projections.
     - "persistent": one launch for all timesteps, weights kept on the chip.
     - "cluster": forward, one launch of thread-block clusters that each run some sequences and wait
-      for no other; compute capability 9.0 on, H up to 256 (12.x: 128). The backward pass is
+      for no other; compute capability 9.0 on, H up to 256 (from 11.0 on 128). The backward pass is
       that of "auto", which never chooses clusters: no GPU has run them yet.
     - "cudnn": torch's own op, which runs cuDNN where that can. For comparisons: torch.nn's modules
       keep their weights in one piece, which spares cuDNN a copy of them at every call.

@@ -3,8 +3,8 @@
 //
 // As in persistent_forward.cuh the blocks own hidden units, and their weights stay in registers.
 // But h does not go through L2. Each block has all of h in its shared memory, twice, and sends its
-// own slice to the others as soon as it has it; the bytes count at an mbarrier of the receiver,
-// which is all that a step waits for.
+// own slice to the others as soon as it has it; the bytes count at an mbarrier of the receiver, and
+// no step waits for more of other blocks than that.
 //
 // What a step costs: one trip from SM to SM, some 180 cycles (0.1 us), the product, the gates, and
 // the block's slice sent to each of the others: B * 16 * 2 bytes 15 times, 16 bytes an instruction
@@ -63,15 +63,15 @@ class ClusterForward : ForwardUnits<Policy, kCell, kClusterUnits> {
       if (i > 0) gpu::wait_for_phase(&full_[buffer], (i - 1) / 2 % 2);
       multiply(before, now, border, buffer);
       __syncthreads();
-      // All threads have seen the transaction. What the others send next into this buffer is h of
-      // step i + 1; they do not before they have what this block sends below.
+      // All threads have seen the transaction, and have read the buffer. What the others send there
+      // next goes into step i + 2; they do not before they have what this block sends below.
       if (threadIdx.x == 0 && i > 0) expect(buffer, next);
       this->activate(now, next, border, first_, 0,
                      [&](int b, T h) { h_of(1 - buffer, b)[this->unit_] = h; });
       if (begin + i + 1 == end) break;
+      this->load_input(next, first_);
       __syncthreads();
       send(1 - buffer, rows(now));
-      this->load_input(next, first_);
       before = now;
       now = next;
       next = step(begin + i + 2);
@@ -110,11 +110,20 @@ class ClusterForward : ForwardUnits<Policy, kCell, kClusterUnits> {
 
   __device__ T* h_of(int buffer, int b) const { return h_ + (buffer * tile_ + b) * pitch_; }
 
+  // Where h of a sequence is that comes to a step with another one than that of the step before:
+  // one that begins now has it in h0, and one that was reset in reset_h. Else null.
+  __device__ __forceinline__ const T* given_h(Step before, Step border, int sequence) const {
+    if (is_reset(p_, border, sequence))
+      return static_cast<const T*>(this->dir_.reset_h) + sequence * p_.H;
+    return sequence < before.active ? nullptr
+                                    : static_cast<const T*>(this->dir_.h0) + sequence * p_.H;
+  }
+
   __device__ __forceinline__ void multiply(Step before, Step now, Step border, int buffer) {
     product_.multiply(
         rows(now),
         [&](int b, int, int k) {
-          if (const T* const row = this->given_h(before, border, first_ + b))
+          if (const T* const row = given_h(before, border, first_ + b))
             return load_eight<kAligned>(row + k, static_cast<int>(p_.H) - k);
           Eight<T> eight;
           const uint4* const from = reinterpret_cast<const uint4*>(h_of(buffer, b) + k);
@@ -149,7 +158,7 @@ class ClusterForward : ForwardUnits<Policy, kCell, kClusterUnits> {
 
 // blockIdx: (block of units of a slice of the sequences, direction).
 template <class Policy, Cell kCell, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     cluster_forward_kernel(const __grid_constant__ ForwardParams p, int tile) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
@@ -157,6 +166,8 @@ __global__ void __launch_bounds__(kThreads)
   const int first = blockIdx.x / gpu::cluster_size() * tile;
   ClusterForward<Policy, kCell, kAligned> block(p, blockIdx.y, first, tile, shared, full);
   block.run();
+#else
+  __trap();
 #endif
 }
 

@@ -83,14 +83,6 @@ class ForwardUnits {
     });
   }
 
-  // Where h of a sequence is that comes to a step with another one than that of the step before:
-  // one that begins now has it in h0, and one that was reset in reset_h. Else null.
-  __device__ __forceinline__ const T* given_h(Step before, Step border, int sequence) const {
-    if (is_reset(p_, border, sequence))
-      return static_cast<const T*>(dir_.reset_h) + sequence * p_.H;
-    return sequence < before.active ? nullptr : static_cast<const T*>(dir_.h0) + sequence * p_.H;
-  }
-
   // This warp's part of the sums.
   __device__ float* sums_of_warp() const { return sums_ + threadIdx.x / 32 * tile_ * kPitch; }
 
@@ -226,13 +218,19 @@ class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks)> {
   }
 
  private:
-  // W_hh h of one pass. A sequence that was there in the step before has its h in the output.
+  // W_hh h of one pass. A sequence that was there in the step before has its h in the output; one
+  // that begins now has it in h0, and one that was reset in reset_h.
   __device__ __forceinline__ void multiply(Step before, Step now, Step border, int first) {
     product_.multiply(
         pass_size(now.active, first, tile_),
         [&](int b, int, int k) {
-          const T* row = this->given_h(before, border, first + b);
-          if (!row) row = this->output() + (before.row + first + b) * p_.output_stride;
+          const int sequence = first + b;
+          const ForwardDirection& dir = this->dir_;
+          const T* const row = is_reset(p_, border, sequence)
+                                   ? static_cast<const T*>(dir.reset_h) + sequence * p_.H
+                               : sequence < before.active
+                                   ? this->output() + (before.row + sequence) * p_.output_stride
+                                   : static_cast<const T*>(dir.h0) + sequence * p_.H;
           return load_eight<kAligned>(row + k, static_cast<int>(p_.H) - k);
         },
         this->sums_of_warp());

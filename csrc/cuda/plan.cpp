@@ -104,11 +104,13 @@ CudaPlan plan_cluster(const LayerShape& s, const GpuProperties& gpu) {
   plan.warps = kWarps;
   plan.k_blocks = plan.register_blocks = plan.launches = 1;
   plan.cluster = static_cast<int>((s.H + kClusterUnits - 1) / kClusterUnits);
-  // Few sequences a cluster where the GPU has room for all clusters at once.
+  // Few sequences a cluster where the GPU has room for all clusters at once. A cluster lies within
+  // a GPC, which has 16 SMs or a few more, and an SM has one of these blocks: predicted, not
+  // measured.
+  constexpr int kSmsOfGpc = 16;
+  const int64_t room = std::max(gpu.sm_count / kSmsOfGpc, 1) * (kSmsOfGpc / plan.cluster);
   const auto clusters = [&](int tile) { return (s.B + tile - 1) / tile * s.directions; };
-  plan.batch_tile = kMinBatchTile;
-  if (clusters(kMinBatchTile) * plan.cluster > gpu.sm_count)
-    plan.batch_tile = max_batch_tile(kClusterUnits);
+  plan.batch_tile = clusters(kMinBatchTile) <= room ? kMinBatchTile : max_batch_tile(kClusterUnits);
   plan.blocks = clusters(plan.batch_tile) * plan.cluster;
   const int gates = gate_count(s.cell), tile = plan.batch_tile;
   const int64_t floats = int64_t{kWarps} * tile * sum_pitch(gates, kClusterUnits) +

@@ -293,6 +293,30 @@ __device__ void begin_transactions(uint64_t* barrier, uint32_t bytes) {
 
 constexpr uint32_t kBytes = kThreads * sizeof(float);
 
+// The barrier is made when the other block may be sending already.
+template <bool bug>
+__global__ void barrier_made_late(Params p) {
+  RNN_FUSED_SHARED(float, values, [kThreads]);
+  RNN_FUSED_SHARED(uint64_t, full, [1]);
+  if (bug) gpu::cluster_arrive();
+  if (bug) gpu::cluster_wait();
+  if (threadIdx.x == 0) {
+    gpu::make_barrier(full, 1);
+    gpu::expect_bytes(full, kThreads * sizeof(float));
+  }
+  if (bug) __syncthreads();
+  if (!bug) gpu::cluster_arrive();
+  if (!bug) gpu::cluster_wait();
+  const uint32_t other = 1 - gpu::cluster_rank();
+  if (threadIdx.x < kVectors)
+    gpu::store_async(gpu::shared_of(&values[4 * threadIdx.x], other), four(p, threadIdx.x),
+                     gpu::shared_of(full, other));
+  gpu::wait_for_phase(full, 0);
+  p.out[global_index()] = values[kThreads - 1 - threadIdx.x];
+  gpu::cluster_arrive();
+  gpu::cluster_wait();
+}
+
 // What was sent is read before it is waited for.
 template <bool bug>
 __global__ void store_not_awaited(Params p) {
@@ -386,6 +410,7 @@ constexpr Bug kBugs[] = {
     {KERNELS(cluster_store_after_arrival), Launch::cluster, true},
     {KERNELS(cluster_not_begun), Launch::cluster, true},
     {KERNELS(cluster_left), Launch::cluster, true},
+    {KERNELS(barrier_made_late), Launch::cluster, true},
     {KERNELS(store_not_awaited), Launch::cluster, true},
     {KERNELS(store_too_early), Launch::cluster, true},
     {KERNELS(too_many_bytes), Launch::cluster, true},

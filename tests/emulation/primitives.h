@@ -183,12 +183,19 @@ inline void store_shared(ClusterAddress to, uint4 v, RNN_FUSED_CALLER) {
   std::memcpy(to, &v, sizeof v);
 }
 
+// ThreadSanitizer sees that the barrier is made here, and used where it is.
 inline void make_barrier(uint64_t* barrier, uint32_t arrivals, RNN_FUSED_CALLER) {
   emulation::make_barrier(barrier, arrivals, caller);
+  *static_cast<volatile uint64_t*>(barrier) = 0;
+}
+
+inline void use_barrier(const void* barrier) {
+  static_cast<void>(*static_cast<const volatile uint64_t*>(barrier));
 }
 
 inline void expect_bytes(uint64_t* barrier, uint32_t bytes, RNN_FUSED_CALLER) {
   emulation::expect_bytes(barrier, bytes, caller);
+  use_barrier(barrier);
 }
 
 // The target is NaN from here until the bytes arrive: whoever reads it still, or already, is wrong.
@@ -196,10 +203,12 @@ inline void store_async(ClusterAddress to, uint4 v, ClusterAddress barrier, RNN_
   emulation::check_shared_of_cluster(to, sizeof v, caller);
   std::memset(to, 0xff, sizeof v);
   emulation::send(barrier, to, &v, caller);
+  use_barrier(barrier);
 }
 
 inline void wait_for_phase(const uint64_t* barrier, uint32_t parity, RNN_FUSED_CALLER) {
   while (!emulation::phase_ended(barrier, parity, caller)) emulation::spin(caller);
+  use_barrier(barrier);
 }
 
 inline void spin_pause(RNN_FUSED_CALLER) { emulation::spin(caller); }
