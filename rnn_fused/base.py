@@ -93,6 +93,7 @@ class FusedRNNBase(RNNBase):
         reset_state: Hidden | None = None,
         return_all_states: bool = False,
     ) -> Any:
+        """Runs the sequences. Inputs, results and errors are those of the class's description."""
         if reset_state is not None and resets is None:
             raise ValueError(f"{type(self).__name__}: reset_state needs resets, got none")
         if lengths is not None:
@@ -207,8 +208,9 @@ class FusedRNNBase(RNNBase):
             input: x of this step, [B, I]; of a single stream also [I].
             state: the state before the step, in the form of `forward`'s hx (for [I], without the B
                 axis). None begins a stream, as in `forward`.
-            resets: bool [B], or [] of a single stream: which streams begin anew with this step, in
-                reset_state, as in `forward`.
+            resets: bool [B], or [] of a single stream: which streams begin anew with this step.
+            reset_state: the state in which they begin, in the form of `state`; None: what was
+                learned, or zero. Needs resets.
 
         Returns:
             output [B, D*P] or [D*P], and the state after the step, for the next call.

@@ -118,7 +118,8 @@ def gradient_flow(
     norms = [
         sequence.new_zeros((), dtype=dtype)
         if grad is None  # the loss does not depend on this h_t
-        else torch.linalg.vector_norm(grad, dtype=dtype)
+        # The squares of what has vanished are below the numbers of float32.
+        else torch.linalg.vector_norm(grad, dtype=torch.float64).to(dtype)
         for grad in grads
     ]
     return GradientFlow(torch.stack(norms).view(module.num_layers, -1, sequence.size(0)))

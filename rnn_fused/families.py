@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from threading import Lock
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -62,10 +63,27 @@ def forced() -> str:
     return _forced
 
 
-# The compiler cannot trace what these ask of the device and of torch's settings.
+Asked = TypeVar("Asked", bound=Callable[..., bool])
 
 
-@torch.compiler.assume_constant_result
+def _constant(read: Asked) -> Asked:
+    """For what asks the device or torch's settings, which a compiler cannot trace: a graph takes
+    the result as a constant. torch's decorator for it imports the whole compiler, a second, and so
+    waits for one to be there.
+    """
+
+    @wraps(read)
+    def ask(*args: Any) -> bool:
+        if torch.compiler.is_dynamo_compiling():
+            from . import constants
+
+            return constants.CONSTANT[read.__name__](*args)
+        return read(*args)
+
+    return cast("Asked", ask)
+
+
+@_constant
 def has_kernels(device: str, index: int | None) -> bool:
     """Whether this build has kernels for a device; elsewhere torch's own op runs."""
     if device != "cuda":
@@ -86,7 +104,7 @@ def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
     return minor == capability[1] if arch.endswith("a") else minor <= capability[1]
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def allows_tf32() -> bool:
     """What torch.nn's layers obey on CUDA: `torch.backends.cudnn.rnn.fp32_precision`.
 
@@ -102,7 +120,7 @@ def allows_tf32() -> bool:
     return layers == "tf32"
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def allows_split() -> bool:
     """Whether float32 products on the CPU may be those of bfloat16 terms: by
     `torch.get_float32_matmul_precision()`, unless that of layers on the CPU says "ieee". Compilers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -192,3 +194,9 @@ def test_opcheck_of_the_backward(
     grads = [None if o is None else torch.randn_like(o, requires_grad=second) for o in likes]
     arguments = *grads, *case.op_arguments, output, *saved, *needs
     torch.library.opcheck(library.layer_backward, arguments)
+
+
+def test_the_compiler_is_not_imported_before_it_is_wanted() -> None:
+    """It takes a second."""
+    code = "import sys, rnn_fused; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -225,3 +225,13 @@ def test_mistakes() -> None:
     ):
         with pytest.raises(error, match=message):
             gradient_flow(module, x, loss_fn)
+
+
+def test_norms_below_the_root_of_the_smallest_number() -> None:
+    rnn = rnn_fused.RNN(3, 4)
+    norms = gradient_flow(rnn, torch.randn(2, 5, 3), lambda output, _: 1e-30 * output[1].sum())
+    expected = 1e30 * norms.norms.double()
+    plain = gradient_flow(rnn.double(), torch.randn(2, 5, 3).double(), lambda y, _: y[1].sum())
+    assert norms.norms.dtype == torch.float32
+    assert expected[0, 0, 1] == pytest.approx(float(plain.norms[0, 0, 1]), rel=1e-5)
+    assert expected[0, 0, 0] > 0
