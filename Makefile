@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MAX_JOBS ?= $(shell nproc)
 CLANG_FORMAT_FILES = $(shell find csrc tests/cpp tests/emulation tests/gpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test integration bench build lint format cpp-test sanitize emulate emulate-plain \
+.PHONY: test integration bench bench-compare docs build lint format cpp-test sanitize emulate emulate-plain \
         emulate-asan emulate-tsan emulate-ops kernel-table wheel clean
 
 test: build
@@ -18,6 +18,15 @@ integration: build $(VENV)/.integration
 # The options of the benchmark go into BENCH_ARGS; `.venv/bin/python -m rnn_fused.bench --help`.
 bench: build
 	$(BIN)/python -m rnn_fused.bench $(BENCH_ARGS)
+
+# The project's own benchmarks, this checkout beside another commit: make bench-compare BASE=HEAD~1
+BASE ?= HEAD
+bench-compare: build
+	$(BIN)/python benchmarks/compare.py $(BASE) $(COMPARE_ARGS)
+
+# The pages of docs/, into build/site.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Compiles what changed since the last build.
 build: $(VENV)/.installed
@@ -33,7 +42,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --no-build-isolation --editable ".[test,bench,lint]"
+	$(BIN)/python -m pip install --no-build-isolation --editable ".[test,bench,lint,examples,docs]"
 	touch $@
 
 $(VENV)/.integration: $(VENV)/.installed

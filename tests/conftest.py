@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,3 +70,19 @@ def _seed() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark's page without its pictures, which take seconds."""
+    for package in ("rich", "matplotlib"):
+        pytest.importorskip(package)
+    from rnn_fused.bench import page
+
+    def write_page(path: Path, rows: list[Any], contents: list[Any]) -> list[Path]:
+        assert rows
+        assert contents[0][1].processor == rows[-1][1].processor
+        path.write_text("the page")
+        return [path]
+
+    monkeypatch.setattr(page, "write_page", write_page)

@@ -212,7 +212,7 @@ def test_a_refusal_is_kept_and_an_error_is_a_failure(monkeypatch: pytest.MonkeyP
     assert [row.provider for row in outcome.rows] == ["torch.nn", "rnn_fused"]
     assert outcome.refused == {
         "rnn_fused persistent": Failing.message,
-        "flashrnn": "not installed",
+        "flashrnn": "flashrnn not installed",
     }
     assert outcome.wrong == [f"[rnn_fused stepwise] {case}: CUDA out of memory."]
     with pytest.raises(RuntimeError, match="cannot run this layer"):
@@ -262,8 +262,10 @@ def test_onnx_runtime_infers_the_same(cell: str) -> None:
     for other in (replace(case, pass_="training"), replace(case, dtype=torch.bfloat16)):
         reason = "compared on the CPU, in float32 inference"
         assert grid.entrants(other, ["onnxruntime"])[1] == {"onnxruntime": reason}
-    stack = replace(case, problem=replace(problem, layers=2))
-    assert grid.entrants(stack, ["onnxruntime"])[1] == {"onnxruntime": "compared on one layer"}
+    reason = "compared on one layer of one direction"
+    for more in ({"layers": 2}, {"directions": 2}):
+        stack = replace(case, problem=replace(problem, **more))
+        assert grid.entrants(stack, ["onnxruntime"])[1] == {"onnxruntime": reason}
 
 
 def test_the_same_problems_on_the_cpu() -> None:
@@ -347,10 +349,12 @@ def test_cuda_has_defaults_of_its_own() -> None:
     assert options.dtypes == (torch.bfloat16, torch.float16, torch.float32)
     assert set(options.providers) == {
         "rnn_fused", "rnn_fused stepwise", "rnn_fused persistent", "rnn_fused cluster",
-        "flashrnn", "torchrl", "naive",
+        "flashrnn", "haste", "torchrl", "naive",
     }  # fmt: skip
     assert options.sections == ("devices", "grid")
-    assert parse([]).providers == ("rnn_fused", "rnn_fused frozen", "onnxruntime", "naive")
+    assert parse([]).providers == (
+        "rnn_fused", "rnn_fused frozen", "onnxruntime", "jax", "naive",
+    )  # fmt: skip
     everything = load_grids()
     assert all(p in options.problems for p in everything["flashrnn"])
     assert len(set(options.problems)) == len(options.problems)
@@ -374,20 +378,20 @@ def test_out_of_time_is_said_and_the_rest_is_written(
 ) -> None:
     for package in ("rich", "matplotlib"):
         pytest.importorskip(package)
-    arguments = [*tiny_grid(tmp_path), "--sections", "grid", "--seconds", "0", "--no-naive"]
+    arguments = [*tiny_grid(tmp_path), "--sections", "grid", "--seconds", "0", "--against", "torch"]
     assert main(arguments) == 0
     assert "out of time: 8 cases left out, lstm T=10" in capsys.readouterr().out
     content = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert len(content["grid"]["out_of_time"]) == 8
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_failures_do_not_end_the_run_but_fail_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for package in ("rich", "matplotlib"):
-        pytest.importorskip(package)
     fail(monkeypatch, "rnn_fused stepwise", "no kernel image is available")
-    arguments = [*tiny_grid(tmp_path), "--sections", "grid", "--no-naive", "--dtype", "float32"]
+    arguments = [*tiny_grid(tmp_path), "--sections", "grid", "--against", "torch"]
+    arguments += ["--dtype", "float32"]
     assert main([*arguments, "--families", "stepwise", "persistent"]) == 1
     assert capsys.readouterr().out.count("FAILED [rnn_fused stepwise]") == 4
     content = json.loads((tmp_path / "out" / "bench.json").read_text())
@@ -401,11 +405,10 @@ def test_failures_do_not_end_the_run_but_fail_it(
     }
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_lost_device_ends_the_run_with_what_there_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for package in ("rich", "matplotlib"):
-        pytest.importorskip(package)
     real = providers.PROVIDERS["rnn_fused"]
 
     def layer(problem: Problem) -> nn.Module:
@@ -414,7 +417,8 @@ def test_a_lost_device_ends_the_run_with_what_there_is(
         return real(problem)
 
     monkeypatch.setitem(providers.PROVIDERS, "rnn_fused", layer)
-    arguments = [*tiny_grid(tmp_path), "--sections", "grid", "--no-naive", "--dtype", "float32"]
+    arguments = [*tiny_grid(tmp_path), "--sections", "grid", "--against", "torch"]
+    arguments += ["--dtype", "float32"]
     assert main([*arguments, "--pass", "training"]) == 1
     shown = capsys.readouterr()
     assert "unspecified launch failure" in shown.err
@@ -459,6 +463,8 @@ def test_command_line_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     output = tmp_path / "out"
     shown = capsys.readouterr().out
     assert "Loss curves agree" in shown
+    for name in ("ratios.png", "forecaster.png", "report.html"):
+        assert name in shown
     for name in ("ratios.png", "forecaster.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
         assert name in shown
@@ -483,6 +489,7 @@ def test_command_line_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert sum(group["rows"] for group in content["grid"]["summary"]) == 8
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_command_line_fails_where_loss_curves_part(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,11 +72,6 @@ LEAST_S = {"tests": 20.0, "bench": 45.0, "slow": 45.0}  # below this a stage is 
 BENCH_ENDS_S = 25.0  # of the benchmark's limit: imports, the last row, tables and plot
 # Not collected: baseline.py has a run of its own, and its test compiles for a minute.
 IGNORED = "tests/test_gpu_baseline.py"
-FULL_GRIDS = (
-    "deepbench_train", "flashrnn", "rl", "everyday", "fastrnns", "rnnt", "haste",
-    "deepbench_infer_device", "deepbench_infer_server",
-)  # fmt: skip
-
 FACTS = """
 import json, torch
 found = torch.cuda.is_available()
@@ -333,8 +328,7 @@ class Run:
         command = [self.python, "-m", "rnn_fused.bench", "--device", "cuda"]
         command += ["--output", str(self.out)]
         if self.options.full:
-            families = ["stepwise", "persistent", "cluster", "cudnn"]
-            command += ["--grid", *FULL_GRIDS, "--families", *families]
+            command.append("--full")
         if self.options.budget_s is not None:
             command += ["--seconds", f"{max(limit - BENCH_ENDS_S, 1):.0f}"]
         begin = time.time()

@@ -4,12 +4,15 @@
 |---|---|
 | `timer.py` | the interleaving timer: contenders take turns, ratios are paired |
 | `problems.py`, `grids.json` | the sizes of the field |
-| `providers.py`, `onnx_layer.py` | whose layer is timed |
+| `providers.py`, `onnx_layer.py`, `jax_layer.py` | whose layer is timed |
 | `workload.py` | one pass of it, verified against float64 |
 | `grid.py`, `devices.py`, `ragged.py`, `forecaster.py` | the sections |
 | `memory.py`, `footprint.py` | peak memory, a command of its own; the same counted from shapes |
-| `records.py`, `summary.py` | the CSV schema; means, losses, worst rows |
-| `report.py`, `plot.py`, `session.py` | tables, plots, and the run that makes them |
+| `records.py`, `summary.py` | the schema of every row; means, losses, worst rows |
+| `results.py`, `session.py` | the folder of a run, going on after a stop; the run |
+| `report.py` | tables for the terminal |
+| `page.py`, `page.html` | the report, one page of HTML |
+| `findings.py`, `words.py`, `charts.py`, `plot.py` | its numbers, sentences and pictures |
 """
 
 from .problems import Problem, load_grids

@@ -79,11 +79,12 @@ def compare(
     """Verify, then time torch.nn and the others in turns, then loops in Python for a few rounds.
 
     The loops, slow and hard on the caches, have a turn-taking of their own with torch.nn. With
-    `recurrence`, the product of the input takes part, to be subtracted.
+    `recurrence`, the product of the input of a lone layer takes part, to be subtracted.
     """
     names, refused = entrants(case, providers)
     admitted = admit(case, names)
     quick = {name: w for name, w in admitted.workloads.items() if name not in SLOW}
+    recurrence = recurrence and not case.problem.stacked
     alone = {"input product": input_product(case)} if recurrence else {}
     times = interleave({**quick, **alone}, settings)
     product_ms = times.pop("input product").median * 1e3 if recurrence else None

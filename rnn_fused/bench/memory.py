@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.output:
         chosen.output.mkdir(parents=True, exist_ok=True)
         where = replace(where, threads=chosen.threads)
-        write_csv(chosen.output / "memory.csv", rows, where, MemoryRow)
+        write_csv(chosen.output / "memory.csv", [(row, where) for row in rows], MemoryRow)
         write_json(
             chosen.output / "memory.json",
             {"environment": asdict(where), "rows": [columns(row) for row in rows]},

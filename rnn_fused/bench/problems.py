@@ -15,14 +15,24 @@ PASSES = ("inference", "training")
 LONG_STEPS, LONG_FLOPS = 1024, 1e13
 
 
-def describe(cell: str, T: int, B: int, I: int, H: int) -> str:  # noqa: E741
+def describe(
+    cell: str,
+    T: int,
+    B: int,
+    I: int,  # noqa: E741  the field's name for the input size
+    H: int,
+    layers: int = 1,
+    directions: int = 1,
+) -> str:
     """The sizes in words, the input size only where it differs from H."""
-    return f"{cell} T={T} B={B} H={H}" + ("" if I == H else f" I={I}")
+    stack = f" {layers} layers" if layers > 1 else ""
+    both = " bidirectional" if directions > 1 else ""
+    return f"{cell} T={T} B={B} H={H}" + ("" if I == H else f" I={I}") + stack + both
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A layer (or a stack), one direction: T timesteps, batch B, input size I, hidden size H."""
+    """A layer or a stack: T timesteps, batch B, input size I, hidden size H."""
 
     cell: str
     T: int
@@ -30,13 +40,19 @@ class Problem:
     I: int  # noqa: E741  the field's name for the input size
     H: int
     layers: int = 1
+    directions: int = 1
     heads: int = 1
     reset_p: float = 0.0
     inference_only: bool = False
 
     def __str__(self) -> str:
         """The sizes in words."""
-        return describe(self.cell, self.T, self.B, self.I, self.H)
+        return describe(self.cell, self.T, self.B, self.I, self.H, self.layers, self.directions)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is more than one layer of one direction."""
+        return self.layers * self.directions > 1
 
     @property
     def obstacle(self) -> str | None:
@@ -54,7 +70,8 @@ class Problem:
 
     def flops(self, pass_: str) -> float:
         """Multiplies and adds of the matrix products; the backward pass has twice the forward's."""
-        width = self.I + self.H / self.heads + (self.layers - 1) * 2 * self.H
+        above = (self.layers - 1) * (self.directions + 1) * self.H
+        width = self.directions * (self.I + self.H / self.heads + above)
         forward = 2.0 * GATES[self.cell] * self.H * width * self.T * self.B
         return forward * (3 if pass_ == "training" else 1)
 
@@ -75,6 +92,8 @@ def _parse_row(name: str, grid: dict[str, Any], row: list[Any], reset_p: float) 
         B,
         I=grid.get("I", inputs or hidden),
         H=hidden,
+        layers=grid.get("layers", 1),
+        directions=grid.get("directions", 1),
         heads=heads,
         reset_p=reset_p,
         inference_only=grid.get("inference", False),
@@ -85,8 +104,8 @@ def load_grids(path: Path = GRIDS) -> dict[str, list[Problem]]:
     """Read every grid of a JSON file.
 
     A row is [cell, T, B, H], with I as an optional fifth; in grids named `*_heads` the fourth is
-    the size of one head and the fifth the number of heads. `I` and `reset_p` of a grid hold for
-    all of its rows; `inference` grids are not trained.
+    the size of one head and the fifth the number of heads. `I`, `layers`, `directions` and
+    `reset_p` of a grid hold for all of its rows; `inference` grids are not trained.
     """
     grids = json.loads(path.read_text(encoding="utf-8"))
     return {

@@ -10,14 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .jax_layer import JaxLayer
 from .onnx_layer import OnnxRuntimeLayer
 from .problems import Problem
 
 FAMILIES = ("stepwise", "persistent", "cluster", "cudnn")  # of CUDA kernels, beside the plan's
-PEERS = {"cpu": ("onnxruntime",), "cuda": ("flashrnn", "torchrl")}  # where they are compared
+# Other libraries, by the device on which they are compared, and the modules they are.
+PEERS = {"cpu": ("onnxruntime", "jax"), "cuda": ("flashrnn", "haste", "torchrl")}
 OTHERS = tuple(name for names in PEERS.values() for name in names)
+PACKAGES = {name: (name,) for name in OTHERS} | {
+    "onnxruntime": ("onnxruntime", "onnx"),
+    "haste": ("haste_pytorch",),
+}
 FROZEN = "rnn_fused frozen"
 SLOW = ("naive", "torchrl")  # loops in Python
+
+
+def cell_of(problem: Problem) -> nn.Module:
+    """torch.nn's cell of one layer."""
+    if problem.cell.startswith("rnn_"):
+        return nn.RNNCell(problem.I, problem.H, nonlinearity=problem.cell[4:])
+    cells = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}
+    return cells[problem.cell](problem.I, problem.H)
 
 
 class NaiveLoop(nn.Module):
@@ -26,12 +40,7 @@ class NaiveLoop(nn.Module):
     def __init__(self, problem: Problem) -> None:
         """Build the cell of `problem`."""
         super().__init__()
-        self.cell: nn.Module
-        if problem.cell.startswith("rnn_"):
-            self.cell = nn.RNNCell(problem.I, problem.H, nonlinearity=problem.cell[4:])
-        else:
-            cells = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}
-            self.cell = cells[problem.cell](problem.I, problem.H)
+        self.cell = cell_of(problem)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Any]:
         """Run [T, B, I] -> [T, B, H] and the last state, shaped as torch.nn shapes it."""
@@ -88,9 +97,51 @@ class FlashRNN(nn.Module):
         return states[0, :, :, 0].transpose(0, 1), (h_n, c_n)
 
 
+class Haste(nn.Module):
+    """Haste's LSTM or GRU (https://github.com/lmnt-com/haste), whose weights are transposed and in
+    another order of gates: for training they are rearranged in every call, for inference once."""
+
+    def __init__(self, problem: Problem) -> None:
+        """Hold the parameters of torch.nn's cell."""
+        super().__init__()
+        import haste_pytorch
+
+        self.cell = cell_of(problem)
+        # Of torch.nn's blocks: i, g, f, o; z, r, n.
+        self.order = {"lstm": (0, 2, 1, 3), "gru": (1, 0, 2)}[problem.cell]
+        kind = getattr(haste_pytorch, problem.cell.upper())
+        self.layer = (kind(problem.I, problem.H),)  # hidden in a tuple: its weights are not used
+        self.arranged: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        """Run [T, B, I] -> [T, B, H] and the last state."""
+        if self.training or not self.arranged:
+            self.arranged = self._arrange()
+        layer = self.layer[0].train(self.training)
+        result: tuple[Tensor, Any] = torch.func.functional_call(layer, self.arranged, (x,))
+        return result
+
+    def _arrange(self) -> dict[str, Tensor]:
+        cell: Any = self.cell
+
+        def ordered(blocks: Tensor) -> Tensor:
+            parts = blocks.chunk(len(self.order))
+            return torch.cat([parts[k] for k in self.order])
+
+        weights = {
+            "kernel": ordered(cell.weight_ih).T.contiguous(),
+            "recurrent_kernel": ordered(cell.weight_hh).T.contiguous(),
+        }
+        if len(self.order) == 4:
+            return {**weights, "bias": ordered(cell.bias_ih + cell.bias_hh)}
+        biases = {"bias": ordered(cell.bias_ih), "recurrent_bias": ordered(cell.bias_hh)}
+        return weights | biases
+
+
 def layer_from(namespace: Any, problem: Problem, **options: Any) -> nn.Module:
     """A layer of `torch.nn`, or of any namespace with the same LSTM, GRU and RNN."""
     options |= {"num_layers": problem.layers} if problem.layers > 1 else {}
+    options |= {"bidirectional": True} if problem.directions > 1 else {}
     layer: nn.Module
     if problem.cell.startswith("rnn_"):
         layer = namespace.RNN(problem.I, problem.H, nonlinearity=problem.cell[4:], **options)
@@ -143,7 +194,9 @@ PROVIDERS: dict[str, Callable[[Problem], nn.Module]] = {
     **{forced(family): partial(Forced, family=family) for family in FAMILIES},
     "naive": NaiveLoop,
     "onnxruntime": lambda problem: OnnxRuntimeLayer(problem, layer_from(nn, problem)),
+    "jax": lambda problem: JaxLayer(problem.cell, cell_of(problem)),
     "flashrnn": FlashRNN,
+    "haste": Haste,
     "torchrl": torchrl_layer,
 }
 
@@ -154,21 +207,28 @@ def obstacle(
     """Why a provider cannot run a problem, as far as that can be told before trying; or ""."""
     if provider == FROZEN and (device.type != "cpu" or pass_ != "inference"):
         return "compared on the CPU, in inference"
-    if provider in OTHERS and find_spec(provider) is None:
-        return "not installed"
-    if provider == "onnxruntime":
-        if find_spec("onnx") is None:
-            return "needs the package onnx, which is not installed"
-        if device.type != "cpu" or dtype != torch.float32 or pass_ != "inference":
-            return "compared on the CPU, in float32 inference"
-        if problem.layers > 1:
-            return "compared on one layer"
-    elif provider == "flashrnn":
-        if problem.cell != "lstm" or dtype.itemsize != 2 or device.type != "cuda":
-            return "compared on CUDA, for the LSTM in 16 bits"
-    elif provider == "torchrl" and problem.cell not in ("lstm", "gru"):
+    if missing := not_installed(provider):
+        return missing
+    if problem.stacked and (provider == "naive" or provider in OTHERS):
+        return "compared on one layer of one direction"
+    on_cuda = device.type == "cuda"
+    if provider == "onnxruntime" and (on_cuda or dtype != torch.float32 or pass_ != "inference"):
+        return "compared on the CPU, in float32 inference"
+    if provider == "jax" and (device.type != "cpu" or dtype == torch.float64):
+        return "compared on the CPU, up to float32"
+    if provider == "flashrnn" and (problem.cell != "lstm" or dtype.itemsize != 2 or not on_cuda):
+        return "compared on CUDA, for the LSTM in 16 bits"
+    if provider == "haste" and (dtype != torch.float32 or not on_cuda):
+        return "compared on CUDA, in float32"
+    if provider in ("haste", "torchrl") and problem.cell not in ("lstm", "gru"):
         return "has no RNN"
     return ""
+
+
+def not_installed(provider: str) -> str:
+    """Which package of another library is missing, in words, or ""."""
+    missing = [name for name in PACKAGES.get(provider, ()) if find_spec(name) is None]
+    return f"{' and '.join(missing)} not installed" if missing else ""
 
 
 def plain_name(parameter: str) -> str:

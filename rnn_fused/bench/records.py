@@ -13,13 +13,15 @@ from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 
 from .problems import describe
 from .timer import Timing
 from .workload import Case, allows_tf32, dtype_name
+
+Schema = TypeVar("Schema")
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,23 @@ class Row:
     gflops: float
     us_per_step: float  # of the median call, a timestep
     recurrence_ms: float | None = None  # p50 less the product of the input, timed alone
-    peak_mb: float | None = None  # device memory of a call, beyond its arguments
+    peak_mb: float | None = (
+        None  # most memory that a call takes beyond its arguments, in 10^6 bytes
+    )
     share: float | None = None  # gflops over those of a large product of torch's, in turns with it
+    directions: int = 1
 
     @property
     def problem(self) -> str:
         """The sizes in words."""
-        return describe(self.cell, self.T, self.B, self.I, self.H)
+        sizes = self.T, self.B, self.I, self.H
+        return describe(self.cell, *sizes, self.layers, self.directions)
+
+    @property
+    def case(self) -> tuple[Any, ...]:
+        """What it shares with the rows of other providers: `Case.key`."""
+        sizes = self.cell, self.T, self.B, self.I, self.H, self.layers, self.directions
+        return *sizes, self.layout, self.dtype, self.pass_
 
 
 def make_row(
@@ -92,6 +104,7 @@ def make_row(
         I=problem.I,
         H=problem.H,
         layers=problem.layers,
+        directions=problem.directions,
         layout="packed" if case.lengths else "dense",
         dtype=dtype_name(case.dtype),
         pass_=case.pass_,
@@ -183,13 +196,60 @@ def columns(row: Any) -> dict[str, Any]:
     }
 
 
-def write_csv(path: Path, rows: Iterable[Any], where: Environment, schema: type = Row) -> None:
-    """One line a row, the environment repeated on each, so that files can be concatenated."""
+def from_columns(found: Mapping[str, Any], schema: type[Schema]) -> Schema:
+    """A row, or an environment, from what was written, be it text; columns of others are skipped.
+
+    Raises:
+        KeyError: a column without a default is missing.
+        ValueError: a value is not of the column's type.
+    """
+    values = {}
+    for name, kind in get_type_hints(schema).items():
+        column = name.removesuffix("_")
+        if column in found or name not in schema.__dict__:  # those that have a default
+            values[name] = _parsed(found[column], kind)
+    return schema(**values)
+
+
+def _parsed(value: Any, kind: Any) -> Any:
+    if kind == float | None:
+        return None if value in ("", None) else float(value)
+    if kind is bool:
+        return value in ("True", True)
+    return kind(value)
+
+
+def read_rows(path: Path) -> list[tuple[Row, Environment]]:
+    """The rows of a file of results, .jsonl or else CSV, each with where it was measured. A last
+    line that a killed run left unfinished is passed over.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".jsonl":
+            lines = text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]
+            found: Iterable[dict[str, Any]] = map(json.loads, lines)
+        else:
+            found = csv.DictReader(text.splitlines())
+        return [(from_columns(line, Row), from_columns(line, Environment)) for line in found]
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"[bench] {path} must hold rows of this benchmark: {error!r}") from error
+
+
+def to_lines(rows: Iterable[tuple[Row, Environment]]) -> str:
+    """JSON lines: one a row, its environment on each."""
+    return "".join(json.dumps(columns(row) | asdict(where)) + "\n" for row, where in rows)
+
+
+def write_csv(path: Path, rows: Iterable[tuple[Any, Environment]], schema: type = Row) -> None:
+    """One line a row, its environment on each, so that files can be concatenated."""
     names = [f.name.removesuffix("_") for f in (*fields(schema), *fields(Environment))]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
-        writer.writerows(columns(row) | asdict(where) for row in rows)
+        writer.writerows(columns(row) | asdict(where) for row, where in rows)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -6,17 +6,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import devices, forecaster, grid, ragged, report
+from . import devices, forecaster, grid, memory, page, ragged, report
 from .extras import require
-from .plot import plot_forecast, plot_ratios
+from .plot import plot_forecast
 from .problems import Problem, select
-from .records import Row, columns, environment, write_csv, write_json
+from .providers import not_installed
+from .records import Row, columns, environment
+from .results import Results
 from .summary import summarise
 from .timer import Settings, cuda_events
 from .workload import Case, WrongResultError, is_fatal
@@ -24,6 +26,7 @@ from .workload import Case, WrongResultError, is_fatal
 BUSY = 0.7  # load average from which a warning is due
 SAVE_EVERY_S = 5.0
 MOST_REASONS = 12  # shown; all are in bench.json
+WEIGHED = ("torch.nn", "rnn_fused")  # whose memory is measured
 
 
 class LostDeviceError(RuntimeError):
@@ -45,8 +48,15 @@ class Options:
     sections: tuple[str, ...]
     steps: int
     providers: tuple[str, ...]  # beside torch.nn
+    memory: bool
     seconds: float | None  # for everything
     output: Path
+    resume: bool
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """What decides the figures of a row, beside the row and the machine."""
+        return {"providers": list(self.providers), "time_per_row": self.time_per_row}
 
 
 @contextmanager
@@ -61,13 +71,10 @@ def _threads(count: int) -> Iterator[None]:
 
 @dataclass
 class Session:
-    """The state of a run: the rows so far, what goes into the JSON, the files written."""
+    """The state of a run."""
 
     options: Options
-    rows: list[Row] = field(default_factory=list)
-    content: dict[str, Any] = field(default_factory=dict)
-    files: list[Path] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)  # wrong results and errors, in words
+    files: list[Path] = field(default_factory=list)  # beside those of the results
 
     def __post_init__(self) -> None:
         """Ask for every optional package before the first minute is spent."""
@@ -94,6 +101,8 @@ class Session:
         Raises:
             WrongResultError: a result was wrong, a case failed, or the loss curves part.
             LostDeviceError: the device failed.
+            ResumeError: there is nothing to go on from, or it was measured otherwise.
+            KeyboardInterrupt: after what was measured is written.
         """
         sections = {
             "grid": self.grid,
@@ -101,41 +110,60 @@ class Session:
             "ragged": self.ragged,
             "forecaster": self.forecaster,
         }
-        self.options.output.mkdir(parents=True, exist_ok=True)
         with _threads(self.options.threads):
-            self.where = environment(self.options.device)
-            self.console.print(
-                f"{self.where.processor}; {self.where.threads} threads, {self.where.device}; "
-                f"torch {self.where.torch}, rnn_fused {self.where.rnn_fused} {self.where.commit}"
+            self.results = Results(
+                self.options.output, environment(self.options.device), self.options.method
             )
-            if self.where.load > BUSY:
-                self.console.print(
-                    f"[yellow]the machine is busy (load {self.where.load:.1f}): "
-                    "times will be long, and ratios rough[/yellow]"
-                )
+            if self.options.resume:
+                self.results.resume()
+            else:
+                self.results.begin()
+            self.introduce()
             try:
                 for name in self.options.sections:
-                    sections[name]()
+                    if name == "grid" or name not in self.results.content:
+                        sections[name]()
             finally:
-                self.save()
+                self.finish()
+        results = self.results
+        if not results.content.get("forecaster", {"agrees": True})["agrees"]:
+            raise WrongResultError("the loss curves of rnn_fused and torch.nn differ")
+        if results.failures:
+            raise WrongResultError(f"{len(results.failures)} failures, first {results.failures[0]}")
+
+    def introduce(self) -> None:
+        """Say where this is, what is busy and what is missing."""
+        where, results = self.results.where, self.results
+        self.console.print(
+            f"{where.processor}; {where.threads} threads, {where.device}; "
+            f"torch {where.torch}, rnn_fused {where.rnn_fused} {where.commit}"
+        )
+        if results.rows:
+            self.console.print(f"going on: {len(results.rows)} rows are there")
+        if where.load > BUSY:
+            self.console.print(
+                f"[yellow]the machine is busy (load {where.load:.1f}): "
+                "times will be long, and ratios rough[/yellow]"
+            )
+        for name in self.options.providers:
+            if missing := not_installed(name):
+                self.console.print(f"without {name}: {missing}")
+
+    def finish(self) -> None:
+        """Write all files and name them."""
+        self.files = [*self.save(), *self.files]
+        results = self.results
+        if results.rows:
+            contents = [(results.all_content(), results.where)]
+            report_file = self.options.output / "report.html"
+            self.files += page.write_page(report_file, results.rows, contents=contents)
         for file in self.files:
             self.console.print(f"wrote {file}", soft_wrap=True)
-        if not self.content.get("forecaster", {"agrees": True})["agrees"]:
-            raise WrongResultError("the loss curves of rnn_fused and torch.nn differ")
-        if self.failures:
-            raise WrongResultError(f"{len(self.failures)} failures, first {self.failures[0]}")
 
-    def save(self) -> None:
+    def save(self) -> list[Path]:
         """Write what there is: a run that is cut off loses little."""
-        names = "rows.csv", "bench.json"
-        rows, content = (self.options.output / name for name in names)
-        write_csv(rows, self.rows, self.where)
-        write_json(
-            content,
-            {"environment": asdict(self.where), "failures": self.failures, **self.content},
-        )
-        self.files += [file for file in (rows, content) if file not in self.files]
         self.saved = time.monotonic()
+        return self.results.save()
 
     def has_time(self) -> bool:
         """Whether the budget allows one more case, should it be as long as the longest so far."""
@@ -147,7 +175,7 @@ class Session:
         begin, found = time.monotonic(), []
         try:
             found = compare()
-            self.rows += found
+            self.results.add(found)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             self.fail(f"[{name}] {case}: {reason}")
@@ -161,7 +189,7 @@ class Session:
 
     def fail(self, what: str) -> None:
         """Keep a failure, and say it at once."""
-        self.failures.append(what)
+        self.results.failures.append(what)
         self.console.print(f"FAILED {what}", style="red", markup=False, soft_wrap=True)
 
     def release(self) -> None:
@@ -181,7 +209,11 @@ class Session:
     def bar(self, total: int) -> Iterator[Callable[[str], None]]:
         """A progress bar; call what it yields with the next step's name."""
         shown = ("{task.description:40}", self.progress.BarColumn())
-        clock = (self.progress.MofNCompleteColumn(), self.progress.TimeElapsedColumn())
+        clock = (
+            self.progress.MofNCompleteColumn(),
+            self.progress.TimeElapsedColumn(),
+            self.progress.TimeRemainingColumn(),
+        )
         with self.progress.Progress(*shown, *clock, console=self.console, transient=True) as bar:
             task = bar.add_task("", total=total)
             yield lambda name: bar.update(task, advance=1, description=name)
@@ -194,7 +226,8 @@ class Session:
             self.console.print(f"left out, torch.nn has none: {reason}")
         todo = grid.cases(problems, options.dtypes, options.passes, options.device)
         todo = grid.most_wanted_first(todo) if options.seconds is not None else todo
-        found: list[Row] = []
+        done = {row.case for row in self.results.of_section(grid.SECTION)}
+        todo = [case for case in todo if case.key not in done]
         refused: Counter[tuple[str, str]] = Counter()
         dropped: list[Case] = []
         on_device = options.device.type != "cpu"
@@ -204,30 +237,35 @@ class Session:
             refused.update(outcome.refused.items())
             for wrong in outcome.wrong:
                 self.fail(wrong)
-            return outcome.rows
+            return [self.weighed(row, case) for row in outcome.rows]
 
         try:
             with self.bar(len(todo)) as advance:
                 for case in todo:
                     if self.has_time():
-                        found += self.attempt("grid", case, lambda c=case: compare(c))  # type: ignore[misc]
+                        self.attempt("grid", case, lambda c=case: compare(c))  # type: ignore[misc]
                     else:
                         dropped.append(case)
                     advance(str(case))
         finally:
-            self.show_grid(found, refused, dropped)
+            self.show_grid(refused, dropped)
 
-    def show_grid(
-        self, found: list[Row], refused: Counter[tuple[str, str]], dropped: list[Case]
-    ) -> None:
+    def weighed(self, row: Row, case: Case) -> Row:
+        """The row with its peak memory, where that is asked for and not known yet."""
+        if not self.options.memory or row.peak_mb is not None or row.provider not in WEIGHED:
+            return row
+        found = memory.measure_apart(case, row.provider, "resident", self.options.threads)
+        return replace(row, peak_mb=found["peak_mb"])
+
+    def show_grid(self, refused: Counter[tuple[str, str]], dropped: list[Case]) -> None:
         """Tables, plot and JSON of the grid, and what is not in them."""
-        options = self.options
+        options, found = self.options, self.results.of_section(grid.SECTION)
         for (provider, reason), count in refused.most_common(MOST_REASONS):
             line = f"without {provider}, {count} cases: {reason}"
             self.console.print(line, markup=False, soft_wrap=True)
         if dropped:
             self.console.print(f"out of time: {len(dropped)} cases left out, {dropped[0]} first")
-        self.content["grid"] = {
+        self.results.content["grid"] = {
             "name": options.grid,
             "refused": [{"provider": p, "reason": r, "cases": n} for (p, r), n in refused.items()],
             "out_of_time": [str(case) for case in dropped],
@@ -237,12 +275,7 @@ class Session:
             return
         groups = summarise(found)
         self.console.print(report.grid_table(found), report.summary_table(groups))
-        where = self.where
-        title = (
-            f"{options.grid} grid, {where.processor}, {where.threads} threads, torch {where.torch}"
-        )
-        plot_ratios(self.path("ratios.png"), found, title)
-        self.content["grid"] |= {
+        self.results.content["grid"] |= {
             "summary": [asdict(group) for group in groups],
             "rows": [columns(row) for row in found],
         }
@@ -264,7 +297,7 @@ class Session:
                 advance(str(case))
         if found:
             self.console.print(report.devices_table(found))
-        self.content["devices"] = [columns(row) for row in found]
+        self.results.content["devices"] = [columns(row) for row in found]
 
     def ragged(self) -> None:
         """Packed training of the grid's problems, in the first dtype."""
@@ -281,8 +314,8 @@ class Session:
                 advance(str(problem))
         if outcomes:
             self.console.print(report.ragged_table(outcomes))
-        self.rows += [row for outcome in outcomes for row in outcome.rows]
-        self.content["ragged"] = [
+        self.results.add([row for outcome in outcomes for row in outcome.rows])
+        self.results.content["ragged"] = [
             {**asdict(outcome), "rows": [columns(row) for row in outcome.rows]}
             for outcome in outcomes
         ]
@@ -295,9 +328,10 @@ class Session:
         for line in report.forecast_lines(outcome):
             self.console.print(line)
         plot_forecast(self.path("forecaster.png"), outcome)
-        self.rows += forecaster.rows(outcome, self.options.device)
-        self.content["forecaster"] = {
+        self.results.add(forecaster.rows(outcome, self.options.device))
+        self.results.content["forecaster"] = {
             "losses": outcome.losses,
+            "seconds": {name: timing.samples for name, timing in outcome.step.items()},
             "largest_difference": outcome.difference("rnn_fused", "torch.nn"),
             "largest_difference_from_float64": {
                 name: outcome.difference(name, "float64") for name in ("torch.nn", "rnn_fused")

@@ -38,6 +38,14 @@ class Case:
     device: torch.device
     lengths: tuple[int, ...] | None = None
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What its rows have in common: `Row.case`."""
+        p = self.problem
+        layout = "packed" if self.lengths else "dense"
+        sizes = p.cell, p.T, p.B, p.I, p.H, p.layers, p.directions
+        return *sizes, layout, dtype_name(self.dtype), self.pass_
+
     def __str__(self) -> str:
         """The case in words."""
         packed = " packed" if self.lengths else ""
@@ -136,7 +144,7 @@ def build(case: Case, provider: str, *, exact: bool = False) -> Workload:
             uniform = torch.rand(parameter.shape, generator=draw, device=case.device)
             parameter.copy_(uniform * (2 * bound) - bound)
     x = random(problem.T, problem.B, problem.I)
-    grad = random(problem.T, problem.B, problem.H)
+    grad = random(problem.T, problem.B, problem.H * problem.directions)
     if exact:
         module, x, grad = module.double(), x.double(), grad.double()
     return Workload(module, x, grad, case)
