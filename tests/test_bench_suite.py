@@ -138,6 +138,25 @@ def test_haste_is_given_weights_as_it_documents_them(
     }  # fmt: skip
 
 
+def test_another_library_that_computes_something_else_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is named and never timed, but not our failure."""
+
+    class Wrong(nn.LSTM):
+        def forward(self, x: Tensor, hx: Any = None) -> Any:
+            output, state = super().forward(x, hx)
+            return output + 1e-3, state
+
+    monkeypatch.setitem(providers.PROVIDERS, "jax", lambda p: Wrong(p.I, p.H))
+    monkeypatch.setitem(providers.PACKAGES, "jax", ())
+    case = Case(Problem("lstm", 6, 3, 5, 4), torch.float32, "inference", CPU)
+    outcome = grid.compare(case, Settings(budget_s=0), ["rnn_fused", "jax"])
+    assert [r.provider for r in outcome.rows] == ["torch.nn", "rnn_fused"]
+    assert outcome.wrong == []
+    assert outcome.refused == {"jax": "results further from float64 than is allowed"}
+
+
 def test_peers_say_where_they_are_compared() -> None:
     if not not_installed("jax"):
         double = Case(Problem("gru", 6, 3, 5, 4), torch.float64, "training", CPU)

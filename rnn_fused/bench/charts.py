@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 from .extras import require
@@ -55,7 +56,8 @@ def ratio_axis(axis: Any, limits: Callable[..., Any], ratios: Iterable[float]) -
     ratios = list(ratios)
     low, high = min(0.9, *ratios) / 1.06, max(1.12, *ratios) * 1.06
     fine = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2)
-    coarse = [m * 10.0**e for e in range(-3, 5) for m in (1, 2, 5)]
+    digits = (1, 2, 5) if high / low < 50 else (1, 3)
+    coarse = [m * 10.0**e for e in range(-3, 5) for m in digits]
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     ticks = [tick for tick in (fine if high / low < 3 else coarse) if low <= tick <= high]
     axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -191,9 +193,14 @@ def roofline_panel(standing: Standing, rows: Sequence[Row]) -> Panel | None:
     return Panel(standing.name, alt, NARROW, 2.5, draw)
 
 
-def ratios_panel(standing: Standing, rows: Sequence[Row], scale: Sequence[float]) -> Panel:
+def ratios_panel(
+    standing: Standing,
+    rows: Sequence[Row],
+    scale: Sequence[float],
+    styles: Mapping[str, tuple[str, str]],
+) -> Panel:
     """A bar a case, to the right of 1 where rnn_fused is faster and to the left where slower; marks
-    for the other providers in `rows`. The axis has room for `scale`."""
+    for the other providers in `rows`. The axis has room for `scale`; `styles`: marker and colour."""
     found = [comparison for cell in standing.cells for comparison in cell.comparisons]
     ratios = [comparison.ratio for comparison in found]
     names = [problem(c.row) for c in found]
@@ -210,8 +217,8 @@ def ratios_panel(standing: Standing, rows: Sequence[Row], scale: Sequence[float]
         axes.barh(range(len(found)), widths, left=1, color=colours, height=0.66)
         ratio_axis(axes.xaxis, axes.set_xlim, scale)
         axes.axvline(1, color=INK, linewidth=0.9)
-        for (name, points), marker in zip(marks.items(), "D^vP*X" * 9, strict=False):
-            colour = OTHER_COLOURS[list(marks).index(name) % len(OTHER_COLOURS)]
+        for name, points in marks.items():
+            marker, colour = styles[name]
             axes.plot(
                 *zip(*points, strict=True), marker, color=colour, markersize=5, label=name,
                 markeredgecolor="white", markeredgewidth=0.5,
@@ -238,10 +245,15 @@ def ratios_panel(standing: Standing, rows: Sequence[Row], scale: Sequence[float]
 
 
 def ratios_chart(standings: Sequence[Standing], rows: Sequence[Row]) -> list[Panel]:
-    """The bars of every group, on one scale."""
-    marked = [row.ratio for row in rows if row.ratio is not None and row.section != "devices"]
-    scale = all_ratios(standings) + marked
-    return [ratios_panel(standing, rows, scale) for standing in standings]
+    """The bars of every group, on one scale, a provider's marks alike in all. The forecaster has a
+    picture of its own."""
+    rows = [row for row in rows if row.section not in ("devices", "forecaster")]
+    standings = [s for s in standings if s.comparisons[0].row.section != "forecaster"]
+    scale = all_ratios(standings) + [row.ratio for row in rows if row.ratio is not None]
+    names = [name for name in dict.fromkeys(r.provider for r in rows) if name not in (STOCK, OURS)]
+    looks = zip(cycle("D^vP*X"), cycle(OTHER_COLOURS), strict=False)
+    styles = dict(zip(names, looks, strict=False))
+    return [ratios_panel(standing, rows, scale, styles) for standing in standings]
 
 
 def memory_panel(title: str, problems: Mapping[str, Mapping[str, float]]) -> Panel:

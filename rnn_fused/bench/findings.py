@@ -80,8 +80,7 @@ def mean_of(found: Sequence[Comparison]) -> float:
 
 
 def comparisons(rows: Iterable[Row], ours: str, against: str) -> list[Comparison]:
-    """Every case that both ran. Against torch.nn the ratio is the row's own, taken in turns;
-    against others it is that of the medians."""
+    """Every case that both ran."""
     rows = list(rows)
     others = {(row.section, row.case): row for row in rows if row.provider == against}
     found = []
@@ -89,7 +88,7 @@ def comparisons(rows: Iterable[Row], ours: str, against: str) -> list[Comparison
         other = others.get((row.section, row.case))
         if row.provider != ours or other is None:
             continue
-        ratio = row.ratio if against == STOCK else other.p50_ms / row.p50_ms
+        ratio = row.ratio if against == STOCK else row.speedup_over(other)
         if ratio is not None:
             found.append(Comparison(row, other, ratio))
     return found

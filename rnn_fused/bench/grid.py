@@ -9,7 +9,7 @@ from itertools import product
 import torch
 
 from .problems import Problem
-from .providers import SLOW, obstacle
+from .providers import APART, SLOW, obstacle
 from .records import Row, make_row
 from .timer import Settings, interleave
 from .workload import Case, Workload, admit, input_product, large_product
@@ -76,26 +76,24 @@ def share_of_product(case: Case, workload: Workload, settings: Settings) -> floa
 def compare(
     case: Case, settings: Settings, providers: Sequence[str], *, recurrence: bool = False
 ) -> Outcome:
-    """Verify, then time torch.nn and the others in turns, then loops in Python for a few rounds.
+    """Verify, then time torch.nn and the others in turns, loops in Python for a few rounds.
 
-    The loops, slow and hard on the caches, have a turn-taking of their own with torch.nn. With
+    Those that are hard on who follows them have each a turn-taking of their own with torch.nn. With
     `recurrence`, the product of the input of a lone layer takes part, to be subtracted.
     """
     names, refused = entrants(case, providers)
     admitted = admit(case, names)
-    quick = {name: w for name, w in admitted.workloads.items() if name not in SLOW}
+    quick = {name: w for name, w in admitted.workloads.items() if name not in APART}
     recurrence = recurrence and not case.problem.stacked
     alone = {"input product": input_product(case)} if recurrence else {}
     times = interleave({**quick, **alone}, settings)
     product_ms = times.pop("input product").median * 1e3 if recurrence else None
     ratios = {name: timing.speedup_over(times["torch.nn"]) for name, timing in times.items()}
-    slow = {name: w for name, w in admitted.workloads.items() if name in SLOW}
-    if slow:
-        turns = {"torch.nn": quick["torch.nn"], **slow}
-        slow_times = interleave(turns, settings.few_rounds())
-        for name in slow:
-            times[name] = slow_times[name]
-            ratios[name] = slow_times[name].speedup_over(slow_times["torch.nn"])
+    for name in [name for name in admitted.workloads if name in APART]:
+        turns = {"torch.nn": quick["torch.nn"], name: admitted.workloads[name]}
+        apart = interleave(turns, settings.few_rounds() if name in SLOW else settings)
+        times[name] = apart[name]
+        ratios[name] = apart[name].speedup_over(apart["torch.nn"])
     shares = dict.fromkeys(times, None)
     if "rnn_fused" in quick and not case.lengths:
         share = share_of_product(case, quick["rnn_fused"], settings)

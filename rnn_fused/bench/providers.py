@@ -24,6 +24,8 @@ PACKAGES = {name: (name,) for name in OTHERS} | {
 }
 FROZEN = "rnn_fused frozen"
 SLOW = ("naive", "torchrl")  # loops in Python
+# Whoever would follow them in a round would find cold caches, or their threads still awake.
+APART = (*SLOW, "jax")
 
 
 def cell_of(problem: Problem) -> nn.Module:

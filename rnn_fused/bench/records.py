@@ -83,6 +83,13 @@ class Row:
         sizes = self.cell, self.T, self.B, self.I, self.H, self.layers, self.directions
         return *sizes, self.layout, self.dtype, self.pass_
 
+    def speedup_over(self, other: Row) -> float:
+        """How many times as fast as another provider on the same case: by way of torch.nn, which
+        each took turns with. Not all took turns with each other."""
+        if self.ratio is None or other.ratio is None:
+            return other.p50_ms / self.p50_ms
+        return self.ratio / other.ratio
+
 
 def make_row(
     section: str,

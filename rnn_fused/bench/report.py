@@ -59,7 +59,7 @@ def grid_table(rows: Iterable[Row]) -> Any:
             f"{fused.share:.0%}" if fused and fused.share is not None else "-",
             _ratio(fused.ratio if fused else None),
             *(_ratio(by[name].ratio if name in by else None) for name in others),
-            _ratio(naive.p50_ms / fused.p50_ms if naive and fused else None),
+            _ratio(fused.speedup_over(naive) if naive and fused else None),
         )
     return table
 

@@ -32,16 +32,12 @@ def summarise(rows: Iterable[Row], worst: int = 3) -> list[Group]:
     """One group for each dtype x pass, wins and losses alike."""
     rows = list(rows)
     ours = [row for row in rows if row.provider == "rnn_fused" and row.ratio is not None]
-    naive = {(r.problem, r.dtype, r.pass_): r.p50_ms for r in rows if r.provider == "naive"}
+    naive = {row.case: row for row in rows if row.provider == "naive"}
     groups = []
     for dtype, pass_ in dict.fromkeys((row.dtype, row.pass_) for row in ours):
         members = [row for row in ours if (row.dtype, row.pass_) == (dtype, pass_)]
         ratios = {row.problem: row.ratio or 0.0 for row in members}
-        to_naive = [
-            naive[key] / row.p50_ms
-            for row in members
-            if (key := (row.problem, row.dtype, row.pass_)) in naive
-        ]
+        to_naive = [row.speedup_over(naive[row.case]) for row in members if row.case in naive]
         slowest = sorted(ratios, key=ratios.__getitem__)[:worst]
         groups.append(
             Group(

@@ -209,7 +209,10 @@ def admit(case: Case, providers: Sequence[str]) -> Admission:
                 found.wrong.append(f"[{name}] {case}: {reason}")
             continue
         torchs = torchs or own
-        if problem := mistake(case, name, own, torchs):
+        problem = mistake(case, name, own, torchs)
+        if problem and name in OTHERS:
+            found.refused[name] = "results further from float64 than is allowed"
+        elif problem:
             found.wrong.append(problem)
         else:
             found.workloads[name] = workload
