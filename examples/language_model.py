@@ -36,9 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rnn_fused
-from rnn_fused.base import Hidden
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+
+State = tuple[Tensor, Tensor]  # h and c
 
 
 class CharacterModel(nn.Module):
@@ -52,12 +53,12 @@ class CharacterModel(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(hidden_size, alphabet)
 
-    def forward(self, characters: Tensor, state: Hidden | None = None) -> tuple[Tensor, Hidden]:
+    def forward(self, characters: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """characters: [B, T]; logits: [B, T, alphabet]."""
         hidden, state = self.lstm(self.embedding(characters), state)
         return self.output(self.dropout(hidden)), state
 
-    def step(self, character: Tensor, state: Hidden | None = None) -> tuple[Tensor, Hidden]:
+    def step(self, character: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """character: [B]; logits: [B, alphabet]."""
         hidden, state = self.lstm.step(self.embedding(character), state)
         return self.output(hidden), state
@@ -173,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     model = CharacterModel(len(alphabet), hidden_size, dropout=0.3).to(options.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    best, best_weights = math.inf, model.state_dict()
+    best, best_weights = math.inf, {}
     for epoch in range(epochs):
         train_epoch(model, train, optimizer, schedule)
         bits = bits_per_character(model, validation)

@@ -41,8 +41,8 @@ class LSTM(FusedRNNBase):
             reaches a bound, no gradient passes through it.
         grad_clip_value: v > 0: the gradients of h and c that a step passes back to the one before
             it, or to the initial state, are clipped to [-v, v] value by value, inside the backward
-            loop (Graves 2013, https://arxiv.org/abs/1308.0850). Those of output, of h_n and c_n
-            and of every c come in unclipped.
+            loop (after Graves 2013, https://arxiv.org/abs/1308.0850). Those of output, of h_n and
+            c_n and of every c come in unclipped.
         save: what training keeps of every step: "gates" (4*H values, and c), or "recompute" (c
             alone; the backward pass computes the gates again).
 

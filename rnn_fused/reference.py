@@ -31,7 +31,7 @@ class CellOptions(NamedTuple):
     through it. LSTM."""
     grad_clip_value: float | None = None
     """The gradients of h and c that a step passes back to the step before it, or to the initial
-    state, are clipped to this magnitude, value by value (Graves 2013). Those that come from
+    state, are clipped to this magnitude, value by value (after Graves 2013). Those that come from
     outside, through output, h_n and c_n, are added unclipped. What is clipped is no derivative any
     more, and second derivatives, which run backwards through these steps again, are clipped too."""
 

@@ -380,7 +380,7 @@ def test_out_of_time_is_said_and_the_rest_is_written(
         pytest.importorskip(package)
     arguments = [*tiny_grid(tmp_path), "--sections", "grid", "--seconds", "0", "--against", "torch"]
     assert main(arguments) == 0
-    assert "out of time: 8 cases left out, lstm T=10" in capsys.readouterr().out
+    assert "out of time: 8 cases of grid left out, lstm T=10" in capsys.readouterr().out
     content = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert len(content["grid"]["out_of_time"]) == 8
 

@@ -329,7 +329,7 @@ def test_what_is_there_is_shown(tmp_path: Path) -> None:
     }
     found = written(tmp_path, located(rows), contents=[(content, WHERE)])
     for sentence in (
-        "jax could not run 3 cases: not installed.",
+        "jax was not timed on 3 cases: not installed.",
         "Out of time: 2 cases, gru T=1 first.",
         "Failed: [rnn_fused] wrong",
         "To a loss of 1.2 torch.nn took 6 s and rnn_fused 4.5 s.",

@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rnn_fused.bench import Case, Problem, Settings, contenders, grid, memory, providers
+from rnn_fused.bench import Case, Problem, Settings, contenders, grid, memory, providers, ragged
 from rnn_fused.bench.__main__ import INTERRUPTED, main, parse
 from rnn_fused.bench.problems import load_grids
 from rnn_fused.bench.providers import Haste, not_installed, plain_name
 from rnn_fused.bench.records import Row as BenchRow
 from rnn_fused.bench.records import columns, environment, from_columns, read_rows, write_csv
 from rnn_fused.bench.results import Results, ResumeError
+from rnn_fused.bench.workload import WrongResultError
 
 CPU = torch.device("cpu")
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -283,11 +284,28 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert len(seen) == 9
 
 
+@pytest.fixture
+def first(tmp_path: Path) -> Results:
+    """What an earlier run left: one row of the grid."""
+    results = Results(tmp_path, WHERE, METHOD)
+    results.begin()
+    results.add([row()])
+    results.save()
+    return results
+
+
+def again(tmp_path: Path, **changes: Any) -> Results:
+    results = Results(tmp_path, replace(WHERE, **changes), METHOD)
+    results.resume()
+    return results
+
+
+@pytest.mark.usefixtures("first")
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"commit": "0123456789ab"}, "commit was"),
-        ({"threads": 77}, "threads was 2 and is now 77|threads was .* and is now 77"),
+        ({"threads": 77}, "threads was .* and is now 77"),
         ({"torch": "2.11.0"}, "torch was .* is now '2.11.0'"),
     ],
     ids=["commit", "threads", "torch"],
@@ -295,37 +313,101 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 def test_rows_measured_otherwise_are_not_mixed(
     tmp_path: Path, change: dict[str, Any], named: str
 ) -> None:
-    first = Results(tmp_path, WHERE, METHOD)
-    first.begin()
-    first.add([row()])
-    first.save()
     with pytest.raises(ResumeError, match=named):
-        Results(tmp_path, replace(WHERE, **change), METHOD).resume()
+        again(tmp_path, **change)
     with pytest.raises(ResumeError, match=r"time_per_row was 1\.0 and is now 2\.0"):
         Results(tmp_path, WHERE, METHOD | {"time_per_row": 2.0}).resume()
-    later = Results(tmp_path, replace(WHERE, date="later", load=0.0), METHOD)
-    later.resume()
+    later = again(tmp_path, date="later", load=0.0)
     assert later.of_section("grid") == [row()]
     assert later.rows[0][1] == WHERE
 
 
-def test_unfinished_sections_are_run_again(tmp_path: Path) -> None:
-    first = Results(tmp_path, WHERE, METHOD)
-    first.begin()
-    first.add([row(), row("ragged"), row("forecaster")])
+def test_unfinished_sections_are_run_again(tmp_path: Path, first: Results) -> None:
+    first.add([row("ragged"), row("forecaster")])
     first.content["forecaster"] = {"agrees": True}
     first.save()
-    later = Results(tmp_path, WHERE, METHOD)
-    later.resume()
+    later = again(tmp_path)
     assert [r.section for r, _ in later.rows] == ["grid", "forecaster"]
     assert later.content == {"forecaster": {"agrees": True}}
     assert read_rows(tmp_path / "rows.jsonl") == later.rows
+
+
+def test_cases_with_a_failure_are_run_again(tmp_path: Path, first: Results) -> None:
+    """A resumed run must not pass because the failure is of the run before."""
+    first.add([row(T=6)])
+    first.failures.append(f"[rnn_fused] {row().problem} float32 training: relative error")
+    first.content["grid"] = {"refused": [{"provider": "jax", "reason": "absent", "cases": 2}]}
+    first.save()
+    later = again(tmp_path)
+    assert [r.T for r, _ in later.rows] == [6]
+    assert later.refused == {("jax", "absent"): 2}
+
+
+def test_a_new_run_leaves_nothing_of_the_old_one(tmp_path: Path, first: Results) -> None:
+    first.content["ragged"] = [{"ratio": 99.0}]
+    first.save()
+    Results(tmp_path, WHERE, METHOD).begin()  # and is killed at once
+    later = again(tmp_path)
+    assert (later.rows, later.content) == ([], {})
+
+
+@pytest.mark.usefixtures("first")
+@pytest.mark.parametrize("name", ["bench.json", "rows.jsonl"])
+def test_files_that_cannot_be_read_are_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text(path.read_text().replace('"', "", 3))
+    with pytest.raises(ResumeError, match="cannot resume"):
+        again(tmp_path)
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_nothing_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(tmp_path, "--resume")) == 1
     assert "there is nothing to resume in" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_one_wrong_result_does_not_end_a_section(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ragged.compare
+
+    def compare(problem: Problem, *arguments: Any) -> ragged.Ragged:
+        if problem.cell == "lstm":
+            raise WrongResultError("[rnn_fused] lstm T=10 B=8 H=8 float32 training: wrong")
+        return real(problem, *arguments)
+
+    monkeypatch.setattr(ragged, "compare", compare)
+    arguments = command(tmp_path, "--against", "torch")
+    arguments[arguments.index("grid", arguments.index("--sections"))] = "ragged"
+    assert main(arguments) == 1
+    content = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert [outcome["problem"][:3] for outcome in content["ragged"]] == ["gru"]
+    assert len(content["failures"]) == 1
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_what_there_is_no_time_for_is_said_and_made_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(tmp_path, "--against", "torch")
+    arguments[arguments.index("grid", arguments.index("--sections"))] = "ragged"
+    assert main([*arguments, "--seconds", "0"]) == 0
+    assert "out of time: 2 cases of ragged left out" in capsys.readouterr().out
+    assert main([*arguments, "--resume"]) == 0
+    content = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert len(content["ragged"]) == 2
+
+
+def test_another_library_that_fails_in_any_way_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(problem: Problem) -> nn.Module:
+        raise ImportError("libcudart.so.11: cannot open shared object file")
+
+    monkeypatch.setitem(providers.PROVIDERS, "jax", broken)
+    monkeypatch.setitem(providers.PACKAGES, "jax", ())
+    case = Case(Problem("lstm", 6, 3, 5, 4), torch.float32, "inference", CPU)
+    outcome = grid.compare(case, Settings(budget_s=0), ["jax"])
+    assert outcome.refused == {"jax": "libcudart.so.11: cannot open shared object file"}
 
 
 # Memory ------------------------------------------------------------------------------------------
@@ -351,11 +433,19 @@ def test_memory_is_measured_where_asked_for(
         for case in ("lstm T=10 B=8 H=8 float32 training", "gru T=10 B=8 H=8 I=4 float32 training")
     )
     assert asked == [*first, *second]
+    asked.clear()
+
+    def killed(*_: Any) -> dict[str, float]:
+        raise RuntimeError("[torch.nn] a case: memory: ended with status -9")
+
     peaks = [(r.provider, r.peak_mb) for r, _ in read_rows(tmp_path / "out" / "rows.jsonl")]
     assert peaks == [
         ("torch.nn", 1.0), ("rnn_fused", 2.0), ("naive", None),
         ("torch.nn", 3.0), ("rnn_fused", 4.0), ("naive", None),
     ]  # fmt: skip
+    monkeypatch.setattr(memory, "measure_apart", killed)
+    assert main([*arguments, "--memory"]) == 1
+    assert len(read_rows(tmp_path / "out" / "rows.jsonl")) == 6
 
 
 # The report's interface --------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_all_stages(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "for 9.0a" in (root / "out" / "build.log").read_text()
     shown = capsys.readouterr().out
     assert "bfloat16 training: 1.50 times torch.nn over 3 rows, 1 below 1 (lstm 1.50)" in shown
-    assert len(list((root / "out").iterdir())) + len(["rows.csv", "ratios.png"]) <= 8
+    assert len(list((root / "out").iterdir())) + len(["rows.csv", "report.html"]) <= 8
 
 
 def test_a_stage_that_fails_does_not_keep_the_next_from_running(root: Path) -> None:

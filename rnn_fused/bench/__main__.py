@@ -129,7 +129,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         front.error("--sections devices compares with the CPU: it needs another --device")
     peers = [*PEERS[kind], "naive"]
     if chosen.against is not None:
-        peers = [name for names in chosen.against for name in names.split(",") if name]
+        peers = [name.strip() for names in chosen.against for name in names.split(",")]
         if unknown := [name for name in peers if name not in AGAINST]:
             front.error(f"--against must be among {', '.join(AGAINST)}, got {', '.join(unknown)}")
     return Options(
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
         Session(options).run()
-    except (MissingExtraError, WrongResultError, LostDeviceError, ResumeError) as error:
+    except (OSError, MissingExtraError, WrongResultError, LostDeviceError, ResumeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -200,7 +200,7 @@ def ratios_panel(
     styles: Mapping[str, tuple[str, str]],
 ) -> Panel:
     """A bar a case, to the right of 1 where rnn_fused is faster and to the left where slower; marks
-    for the other providers in `rows`. The axis has room for `scale`; `styles`: marker and colour."""
+    for the other providers in `rows`. The axis has room for `scale`. `styles`: marker, colour."""
     found = [comparison for cell in standing.cells for comparison in cell.comparisons]
     ratios = [comparison.ratio for comparison in found]
     names = [problem(c.row) for c in found]
@@ -245,10 +245,7 @@ def ratios_panel(
 
 
 def ratios_chart(standings: Sequence[Standing], rows: Sequence[Row]) -> list[Panel]:
-    """The bars of every group, on one scale, a provider's marks alike in all. The forecaster has a
-    picture of its own."""
-    rows = [row for row in rows if row.section not in ("devices", "forecaster")]
-    standings = [s for s in standings if s.comparisons[0].row.section != "forecaster"]
+    """The bars of every group, on one scale, a provider's marks alike in all."""
     scale = all_ratios(standings) + [row.ratio for row in rows if row.ratio is not None]
     names = [name for name in dict.fromkeys(r.provider for r in rows) if name not in (STOCK, OURS)]
     looks = zip(cycle("D^vP*X"), cycle(OTHER_COLOURS), strict=False)

@@ -20,6 +20,9 @@ STOCK, OURS = "torch.nn", "rnn_fused"
 CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN (tanh)", "rnn_relu": "RNN (ReLU)"}
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 MEMORY_SECTION = "memory"
+LEAST_MB = 1.0  # of torch.nn's peak memory: below, pages and caches decide
+MOST_BARS = 24  # problems in a picture of memory
+COMPARED = ("grid", "ragged")  # sections whose rows are of layers on one device
 
 
 def is_ours(provider: str) -> bool:
@@ -264,10 +267,21 @@ def memory_bars(part: Part) -> dict[str, dict[str, dict[str, float]]]:
     for m in part.memory:
         bars[f"{m.dtype} {m.pass_}"][problem(m)][m.provider] = m.peak_mb
     known = {
-        name: {sizes: by for sizes, by in problems.items() if STOCK in by and len(by) > 1}
+        name: {
+            sizes: by
+            for sizes, by in problems.items()
+            if by.get(STOCK, 0) >= LEAST_MB and len(by) > 1
+        }
         for name, problems in bars.items()
     }
-    return {name: problems for name, problems in known.items() if problems}
+    return {name: _largest(problems) for name, problems in known.items() if problems}
+
+
+def _largest(problems: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Those that take torch.nn the most memory, in the order that they had."""
+    ordered = sorted(problems, key=lambda sizes: problems[sizes][STOCK], reverse=True)
+    chosen = set(ordered[:MOST_BARS])
+    return {sizes: by for sizes, by in problems.items() if sizes in chosen}
 
 
 @dataclass(frozen=True)

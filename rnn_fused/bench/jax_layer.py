@@ -22,11 +22,17 @@ class JaxLayer(nn.Module):
         super().__init__()
         self.cell = cell
         self.kind = kind
+        self.weights: tuple[Any, ...] = ()  # for inference, as they are at the first call
 
     def forward(self, x: Tensor) -> tuple[Tensor, Any]:
         """Run [T, B, I] -> [T, B, H] and the last state, shaped as torch.nn shapes it."""
-        weights = (getattr(self.cell, name) for name in NAMES)
-        output, *state = _Scan.apply(self.kind, x, *weights)
+        weights = [getattr(self.cell, name) for name in NAMES]
+        if self.training:
+            output, *state = _Scan.apply(self.kind, x, *weights)
+        else:
+            self.weights = self.weights or tuple(map(_to_jax, weights))
+            infer, _ = _functions(self.kind)
+            output, *state = _to_torch(infer(_to_jax(x), *self.weights))
         last = tuple(s.unsqueeze(0) for s in state)
         return output, last if len(last) > 1 else last[0]
 
@@ -36,11 +42,8 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kind: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-        infer, train = _functions(kind)
-        arguments = tuple(map(_to_jax, tensors))
-        if not any(ctx.needs_input_grad):
-            return _to_torch(infer(*arguments))
-        results, ctx.pullback = train(*arguments)
+        _, train = _functions(kind)
+        results, ctx.pullback = train(*map(_to_jax, tensors))
         return _to_torch(results)
 
     @staticmethod

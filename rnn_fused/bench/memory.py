@@ -131,7 +131,8 @@ def measure_apart(case: Case, provider: str, method: str, threads: int) -> dict[
     command = [sys.executable, "-m", __spec__.name, "--child", json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"[{provider}] {case}: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
+        raise RuntimeError(f"[{provider}] {case}: memory: {said[-1]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -192,7 +193,7 @@ def rows_of(
             kept_mb=found.get("kept_mb"),
             counted_mb=counted.get("counted_mb"),
             predicted_mb=None if provider == "torch.nn" else predicted,
-            ratio=None if stock is None else found["peak_mb"] / stock,
+            ratio=found["peak_mb"] / stock if stock else None,
         )
 
 

@@ -48,12 +48,13 @@ class Results:
 
 def panels(part: Part) -> dict[str, list[Panel]]:
     """The pictures of a part, by the name of their file."""
-    ours = [s for s in findings.standings(part.rows, OURS, STOCK) if "devices" not in s.name]
+    compared = [row for row in part.rows if row.section in findings.COMPARED]
+    ours = findings.standings(compared, OURS, STOCK)
     scale = charts.all_ratios(ours)
     roofs = [charts.roofline_panel(standing, part.rows) for standing in ours]
     learnings = [findings.learning(content) for content in part.contents]
     return {
-        "ratios": charts.ratios_chart(ours, part.rows),
+        "ratios": charts.ratios_chart(ours, compared),
         "heat": [charts.heat_panel(cell) for standing in ours for cell in standing.cells],
         "steps": [charts.steps_panel(standing, scale) for standing in ours],
         "roofline": [panel for panel in roofs if panel],
@@ -68,7 +69,8 @@ def panels(part: Part) -> dict[str, list[Panel]]:
 def view(part: Part, name: str, pictures: Mapping[str, Sequence[Panel]]) -> dict[str, Any]:
     """What the template shows of a part; `name` is unique in the page."""
     where = part.runs[0]
-    stock, rivals = findings.against_stock(part.rows), findings.against_rivals(part.rows)
+    compared = [row for row in part.rows if row.section in findings.COMPARED]
+    stock, rivals = findings.against_stock(compared), findings.against_rivals(compared)
     ours = [standing for standing in stock if standing.ours == OURS]
     return {
         "id": name,
@@ -118,11 +120,10 @@ def write_page(
         views.append(view(part, f"p{number}", pictures))
         where = f"{views[-1]['heading']}, torch {part.runs[0].torch}, {views[-1]['version']}"
         prefix = f"{number}-" if len(found) > 1 else ""
-        files += [
-            to_png(path.with_name(f"{prefix}{chart}.png"), shown, f"{CAPTIONS[chart]}\n{where}")
-            for chart, shown in pictures.items()
-            if shown
-        ]
+        for chart, shown in pictures.items():
+            file = path.with_name(f"{prefix}{chart}.png")
+            if shown and to_png(file, shown, f"{CAPTIONS[chart]}\n{where}"):
+                files.append(file)
     templates = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     templates.filters |= {"times": times, "problem": problem, "short": words.short}
     page = templates.from_string(TEMPLATE.read_text(encoding="utf-8")).render(

@@ -30,6 +30,7 @@ STYLE = {
     "text.parse_math": False,  # a dollar is a dollar
     "svg.hashsalt": "rnn_fused",  # the same rows make the same file
 }
+TALLEST = 100.0  # inches
 OUTER_TAG = re.compile(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", re.DOTALL)
 UNWANTED = re.compile(r"<(metadata|style)\b.*?</\1>\s*", re.DOTALL)  # a style would hold everywhere
 TAG, DECIMALS = re.compile(r"<[^>]+>"), re.compile(r"(\.\d\d)\d+")
@@ -69,12 +70,15 @@ def to_svg(panel: Panel, name: str) -> str:
     return OUTER_TAG.sub(lambda tag: f"<svg {tag[1]} {opening}>", text, count=1)
 
 
-def to_png(path: Path, panels: Sequence[Panel], title: str = "", columns: int = 2) -> Path:
-    """A file with all panels side by side, in rows of at most `columns`."""
+def to_png(path: Path, panels: Sequence[Panel], title: str = "", columns: int = 2) -> bool:
+    """A file with all panels side by side, in rows of at most `columns`; False, and none, where it
+    would be too tall for those who look at it, and for matplotlib."""
     columns = min(columns, len(panels))
     lines = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     heights = [max(panel.height for panel in line) + 0.3 for line in lines]
     width = max(panel.width for panel in panels)
+    if sum(heights) > TALLEST:
+        return False
     with _style():
         figure = _figure(max(width * columns, 6.0), sum(heights) + 0.5)
         grid = figure.subfigures(len(lines), columns, squeeze=False, height_ratios=heights)
@@ -83,7 +87,7 @@ def to_png(path: Path, panels: Sequence[Panel], title: str = "", columns: int = 
             part.suptitle(panel.title, weight="bold", fontsize=9.5)
         figure.suptitle(title, fontsize=9.5)
         figure.savefig(path, dpi=150)
-    return path
+    return True
 
 
 def plot_forecast(path: Path, forecast: Forecast) -> None:

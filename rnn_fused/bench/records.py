@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 import json
 import os
 import platform
@@ -253,12 +254,20 @@ def to_lines(rows: Iterable[tuple[Row, Environment]]) -> str:
 def write_csv(path: Path, rows: Iterable[tuple[Any, Environment]], schema: type = Row) -> None:
     """One line a row, its environment on each, so that files can be concatenated."""
     names = [f.name.removesuffix("_") for f in (*fields(schema), *fields(Environment))]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(columns(row) | asdict(where) for row, where in rows)
+    written = io.StringIO(newline="")
+    writer = csv.DictWriter(written, names)
+    writer.writeheader()
+    writer.writerows(columns(row) | asdict(where) for row, where in rows)
+    write_text(path, written.getvalue())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Indented JSON."""
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """All of it or nothing, whenever the process is killed."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, encoding="utf-8", newline="")
+    beside.replace(path)

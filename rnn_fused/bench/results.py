@@ -8,7 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .records import Environment, Row, read_rows, to_lines, write_csv, write_json
+from .records import (
+    Environment,
+    Row,
+    from_columns,
+    read_rows,
+    to_lines,
+    write_csv,
+    write_json,
+    write_text,
+)
 
 ROWS, TABLE, CONTENT = "rows.jsonl", "rows.csv", "bench.json"
 SAME = ("processor", "device", "driver", "tf32", "threads", "torch", "rnn_fused", "python")
@@ -31,14 +40,17 @@ class Results:
         self.rows: list[tuple[Row, Environment]] = []
         self.content: dict[str, Any] = {}
         self.failures: list[str] = []
+        self.refused: dict[tuple[str, str], int] = {}  # (provider, reason): cases of the grid
         folder.mkdir(parents=True, exist_ok=True)
 
     def begin(self) -> None:
         """Drop what an earlier run left."""
         self._write_rows()
+        self.save()
 
     def resume(self) -> None:
         """Take over what an earlier run left: the grid's rows, and sections that were finished.
+        Cases with a failure are run again.
 
         Raises:
             ResumeError: it ran elsewhere, with other versions, at another commit or otherwise.
@@ -46,21 +58,35 @@ class Results:
         path = self.folder / ROWS
         if not path.exists():
             raise ResumeError(f"there is nothing to resume in {self.folder}: it has no {ROWS}")
-        found = read_rows(path)
-        file = self.folder / CONTENT
-        content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        for _, where in found:
+        try:
+            found = read_rows(path)
+            content = json.loads((self.folder / CONTENT).read_text(encoding="utf-8"))
+            places = [
+                *(where for _, where in found),
+                from_columns(content["environment"], Environment),
+            ]
+            method = content["method"]
+        except (OSError, KeyError, ValueError) as error:
+            raise ResumeError(f"cannot resume {self.folder}: {error!r}") from error
+        for where in places:
             for name in (*SAME, "commit"):
                 self._compare(name, getattr(where, name), getattr(self.where, name))
-        for name, value in content.get("method", {}).items():
-            self._compare(name, value, self.method[name])
+        for name, value in method.items():
+            self._compare(name, value, self.method.get(name))
         self.content = {
             name: value
             for name, value in content.items()
             if name not in ("environment", "method", "failures", BY_CASE)
         }
+        grid = content.get(BY_CASE, {})
+        self.refused = {(r["provider"], r["reason"]): r["cases"] for r in grid.get("refused", [])}
+        failed = "\n".join(content["failures"])
         kept = (BY_CASE, *self.content)
-        self.rows = [(row, where) for row, where in found if row.section in kept]
+        self.rows = [
+            (row, where)
+            for row, where in found
+            if row.section in kept and f"] {row.problem} {row.dtype} {row.pass_}: " not in failed
+        ]
         self._write_rows()
 
     def _compare(self, name: str, before: Any, now: Any) -> None:
@@ -94,4 +120,4 @@ class Results:
         return [self.folder / ROWS, table, content]
 
     def _write_rows(self) -> None:
-        (self.folder / ROWS).write_text(to_lines(self.rows), encoding="utf-8")
+        write_text(self.folder / ROWS, to_lines(self.rows))

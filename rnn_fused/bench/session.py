@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .records import Row, columns, environment
 from .results import Results
 from .summary import summarise
 from .timer import Settings, cuda_events
-from .workload import Case, WrongResultError, is_fatal
+from .workload import Case, WrongResultError, dtype_name, is_fatal
 
 BUSY = 0.7  # load average from which a warning is due
 SAVE_EVERY_S = 5.0
@@ -55,8 +56,17 @@ class Options:
 
     @property
     def method(self) -> dict[str, Any]:
-        """What decides the figures of a row, beside the row and the machine."""
-        return {"providers": list(self.providers), "time_per_row": self.time_per_row}
+        """What must be the same for a run to go on."""
+        return {
+            "grid": self.grid,
+            "cells": list(self.cells),
+            "dtypes": [dtype_name(dtype) for dtype in self.dtypes],
+            "passes": list(self.passes),
+            "providers": list(self.providers),
+            "time_per_row": self.time_per_row,
+            "steps": self.steps,
+            "memory": self.memory,
+        }
 
 
 @contextmanager
@@ -85,6 +95,7 @@ class Session:
             self.console.width = 120  # a log file has room for unbroken lines
         self.progress = require("rich.progress", "rich")
         require("matplotlib")
+        require("jinja2")
         if "forecaster" in self.options.sections:
             require("statsmodels.datasets", "statsmodels")
         on_cpu = self.options.device.type == "cpu"
@@ -138,8 +149,13 @@ class Session:
             f"{where.processor}; {where.threads} threads, {where.device}; "
             f"torch {where.torch}, rnn_fused {where.rnn_fused} {where.commit}"
         )
-        if results.rows:
+        if self.options.resume:
             self.console.print(f"going on: {len(results.rows)} rows are there")
+            if where.commit.endswith("-dirty"):
+                self.console.print(
+                    "[yellow]this checkout has changes that are not committed: nobody knows "
+                    "whether the rows that are there were measured with them[/yellow]"
+                )
         if where.load > BUSY:
             self.console.print(
                 f"[yellow]the machine is busy (load {where.load:.1f}): "
@@ -154,7 +170,7 @@ class Session:
         self.files = [*self.save(), *self.files]
         results = self.results
         if results.rows:
-            contents = [(results.all_content(), results.where)]
+            contents = [(results.all_content(), results.rows[-1][1])]
             report_file = self.options.output / "report.html"
             self.files += page.write_page(report_file, results.rows, contents=contents)
         for file in self.files:
@@ -176,6 +192,8 @@ class Session:
         try:
             found = compare()
             self.results.add(found)
+        except WrongResultError as error:
+            self.fail(str(error))
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             self.fail(f"[{name}] {case}: {reason}")
@@ -228,7 +246,7 @@ class Session:
         todo = grid.most_wanted_first(todo) if options.seconds is not None else todo
         done = {row.case for row in self.results.of_section(grid.SECTION)}
         todo = [case for case in todo if case.key not in done]
-        refused: Counter[tuple[str, str]] = Counter()
+        refused = Counter(self.results.refused)
         dropped: list[Case] = []
         on_device = options.device.type != "cpu"
 
@@ -240,21 +258,37 @@ class Session:
             return [self.weighed(row, case) for row in outcome.rows]
 
         try:
-            with self.bar(len(todo)) as advance:
-                for case in todo:
-                    if self.has_time():
-                        self.attempt("grid", case, lambda c=case: compare(c))  # type: ignore[misc]
-                    else:
-                        dropped.append(case)
-                    advance(str(case))
+            _, dropped = self.each(grid.SECTION, todo, compare)
         finally:
             self.show_grid(refused, dropped)
+
+    def each(
+        self, section: str, cases: Sequence[Case], compare: Callable[[Case], list[Row]]
+    ) -> tuple[list[Row], list[Case]]:
+        """The rows of the cases that there is time for, and those that there is none for."""
+        found: list[Row] = []
+        dropped: list[Case] = []
+        with self.bar(len(cases)) as advance:
+            for case in cases:
+                if self.has_time():
+                    found += self.attempt(section, case, partial(compare, case))
+                else:
+                    dropped.append(case)
+                advance(str(case))
+        if dropped:
+            left = f"{len(dropped)} cases of {section} left out, {dropped[0]} first"
+            self.console.print(f"out of time: {left}", soft_wrap=True)
+        return found, dropped
 
     def weighed(self, row: Row, case: Case) -> Row:
         """The row with its peak memory, where that is asked for and not known yet."""
         if not self.options.memory or row.peak_mb is not None or row.provider not in WEIGHED:
             return row
-        found = memory.measure_apart(case, row.provider, "resident", self.options.threads)
+        try:
+            found = memory.measure_apart(case, row.provider, "resident", self.options.threads)
+        except RuntimeError as error:  # no reason to lose the time
+            self.fail(str(error))
+            return row
         return replace(row, peak_mb=found["peak_mb"])
 
     def show_grid(self, refused: Counter[tuple[str, str]], dropped: list[Case]) -> None:
@@ -263,8 +297,6 @@ class Session:
         for (provider, reason), count in refused.most_common(MOST_REASONS):
             line = f"without {provider}, {count} cases: {reason}"
             self.console.print(line, markup=False, soft_wrap=True)
-        if dropped:
-            self.console.print(f"out of time: {len(dropped)} cases left out, {dropped[0]} first")
         self.results.content["grid"] = {
             "name": options.grid,
             "refused": [{"provider": p, "reason": r, "cases": n} for (p, r), n in refused.items()],
@@ -285,43 +317,40 @@ class Session:
         options = self.options
         problems = devices.small_enough(select(options.problems, options.cells))
         todo = grid.cases(problems, options.dtypes[-1:], options.passes, options.device)
-        found: list[Row] = []
-        with self.bar(len(todo)) as advance:
-            for case in todo:
-                if self.has_time():
-                    found += self.attempt(
-                        "devices",
-                        case,
-                        lambda c=case: devices.compare(c, self.settings),  # type: ignore[misc]
-                    )
-                advance(str(case))
+        found, dropped = self.each(
+            devices.SECTION, todo, lambda case: devices.compare(case, self.settings)
+        )
         if found:
             self.console.print(report.devices_table(found))
-        self.results.content["devices"] = [columns(row) for row in found]
+        if not dropped:
+            self.results.content[devices.SECTION] = [columns(row) for row in found]
 
     def ragged(self) -> None:
         """Packed training of the grid's problems, in the first dtype."""
         options = self.options
         problems = ragged.worth_packing(select(options.problems, options.cells))
         problems = [problem for problem in problems if not problem.inference_only]
-        outcomes = []
-        with self.bar(len(problems)) as advance:
-            for problem in problems:
-                if not self.has_time():
-                    break
-                dtype = options.dtypes[0]
-                outcomes.append(ragged.compare(problem, self.settings, dtype, options.device))
-                advance(str(problem))
+        todo = grid.cases(problems, options.dtypes[:1], ["training"], options.device)
+        outcomes: list[ragged.Ragged] = []
+
+        def compare(case: Case) -> list[Row]:
+            outcomes.append(ragged.compare(case.problem, self.settings, case.dtype, case.device))
+            return list(outcomes[-1].rows)
+
+        _, dropped = self.each(ragged.SECTION, todo, compare)
         if outcomes:
             self.console.print(report.ragged_table(outcomes))
-        self.results.add([row for outcome in outcomes for row in outcome.rows])
-        self.results.content["ragged"] = [
-            {**asdict(outcome), "rows": [columns(row) for row in outcome.rows]}
-            for outcome in outcomes
-        ]
+        if not dropped:
+            self.results.content[ragged.SECTION] = [
+                {**asdict(outcome), "rows": [columns(row) for row in outcome.rows]}
+                for outcome in outcomes
+            ]
 
     def forecaster(self) -> None:
         """The training on the real series."""
+        if not self.has_time():
+            self.console.print("out of time: the forecaster left out")
+            return
         with self.bar(2 * self.options.steps) as advance:
             steps, device = self.options.steps, self.options.device
             outcome = forecaster.run(device, steps, progress=lambda: advance("forecaster"))

@@ -63,9 +63,10 @@ def facts(part: Part) -> list[tuple[str, str]]:
     def all_of(values: Iterable[Any]) -> str:
         return ", ".join(dict.fromkeys(str(value) for value in values if value != ""))
 
-    def between(values: Iterable[str]) -> str:
-        ordered = sorted(set(values))
-        return ordered[0] if len(ordered) == 1 else f"{ordered[0]} to {ordered[-1]}"
+    def between(values: Iterable[Any]) -> str:
+        ordered = sorted(values)
+        ends = [f"{v:.1f}" if isinstance(v, float) else v for v in (ordered[0], ordered[-1])]
+        return " to ".join(dict.fromkeys(ends))
 
     runs = part.runs
     grids = [c["grid"]["name"] for c in part.contents if "name" in (c.get("grid") or {})]
@@ -77,7 +78,7 @@ def facts(part: Part) -> list[tuple[str, str]]:
         "driver": all_of(w.driver for w in runs),
         "float32 on tensor cores (TF32)": "allowed" if any(w.tf32 for w in runs) else "",
         "measured": f"{runs[0].date[:10]} {between(w.date[11:16] for w in runs)} UTC",
-        "load before": between(f"{w.load:.1f}" for w in runs),
+        "load before": between(w.load for w in runs),
         "grid": all_of(grids),
     }
     return [(name, value) for name, value in named.items() if value]
@@ -106,7 +107,7 @@ def gaps(part: Part) -> list[str]:
         missing.append(f"Not measured: {', '.join(absent)}.")
     for grid in (content.get("grid") or {} for content in part.contents):
         missing += [
-            f"{refused['provider']} could not run {refused['cases']} cases: {refused['reason']}."
+            f"{refused['provider']} was not timed on {refused['cases']} cases: {refused['reason']}."
             for refused in grid.get("refused", [])
         ]
         if late := grid.get("out_of_time"):

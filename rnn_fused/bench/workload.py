@@ -199,11 +199,16 @@ def admit(case: Case, providers: Sequence[str]) -> Admission:
         try:
             workload = build(case, name)
             own = errors(workload.results(), exact)
-        except RuntimeError as error:
-            if name == "torch.nn" or is_fatal(error):
+        except Exception as error:  # of other libraries anything
+            ours = name not in OTHERS
+            if (
+                name == "torch.nn"
+                or is_fatal(error)
+                or (ours and not isinstance(error, RuntimeError))
+            ):
                 raise
-            reason = str(error).strip().splitlines()[0]
-            if name in OTHERS or REFUSAL in reason:
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            if not ours or REFUSAL in reason:
                 found.refused[name] = reason
             else:
                 found.wrong.append(f"[{name}] {case}: {reason}")
@@ -219,7 +224,7 @@ def admit(case: Case, providers: Sequence[str]) -> Admission:
     return found
 
 
-def is_fatal(error: RuntimeError) -> bool:
+def is_fatal(error: Exception) -> bool:
     """Whether CUDA cannot be used any more in this process."""
     return any(words in str(error) for words in FATAL) and "out of memory" not in str(error)
 
