@@ -324,7 +324,8 @@ def test_rows_measured_otherwise_are_not_mixed(
 
 def test_unfinished_sections_are_run_again(tmp_path: Path, first: Results) -> None:
     first.add([row("ragged"), row("forecaster")])
-    first.content["forecaster"] = {"agrees": True}
+    first.content |= {"forecaster": {"agrees": True}, "ragged": []}
+    first.finished.append("forecaster")
     first.save()
     later = again(tmp_path)
     assert [r.section for r, _ in later.rows] == ["grid", "forecaster"]
@@ -384,6 +385,11 @@ def test_one_wrong_result_does_not_end_a_section(
     content = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [outcome["problem"][:3] for outcome in content["ragged"]] == ["gru"]
     assert len(content["failures"]) == 1
+    monkeypatch.setattr(ragged, "compare", real)
+    assert main([*arguments, "--resume"]) == 0
+    content = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert len(content["ragged"]) == 2
+    assert len({r.case for r, _ in read_rows(tmp_path / "out" / "rows.jsonl")}) == 4
 
 
 @pytest.mark.usefixtures("no_pictures")

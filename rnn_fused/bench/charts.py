@@ -21,6 +21,7 @@ from .findings import (
     Learning,
     Standing,
     by_size,
+    group,
     intensity,
     problem,
     roof,
@@ -94,8 +95,7 @@ def heat_panel(standing: Standing) -> Panel:
     sizes = by_size(standing.comparisons)
     columns = sorted({H for H, _ in sizes})
     lines = sorted({B for _, B in sizes})
-    group = standing.comparisons[0].row
-    title = f"{standing.name}, {group.dtype} {group.pass_}"
+    title = f"{standing.name}, {group(standing.comparisons[0].row)}"
 
     def draw(axes: Any) -> None:
         colours = require("matplotlib").colormaps[DIVERGING]

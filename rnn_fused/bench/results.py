@@ -41,6 +41,7 @@ class Results:
         self.content: dict[str, Any] = {}
         self.failures: list[str] = []
         self.refused: dict[tuple[str, str], int] = {}  # (provider, reason): cases of the grid
+        self.finished: list[str] = []  # sections with nothing left to do
         folder.mkdir(parents=True, exist_ok=True)
 
     def begin(self) -> None:
@@ -65,7 +66,7 @@ class Results:
                 *(where for _, where in found),
                 from_columns(content["environment"], Environment),
             ]
-            method = content["method"]
+            method, failures, finished = (content[k] for k in ("method", "failures", "finished"))
         except (OSError, KeyError, ValueError) as error:
             raise ResumeError(f"cannot resume {self.folder}: {error!r}") from error
         for where in places:
@@ -73,15 +74,12 @@ class Results:
                 self._compare(name, getattr(where, name), getattr(self.where, name))
         for name, value in method.items():
             self._compare(name, value, self.method.get(name))
-        self.content = {
-            name: value
-            for name, value in content.items()
-            if name not in ("environment", "method", "failures", BY_CASE)
-        }
+        self.finished = finished
+        self.content = {name: content[name] for name in self.finished}
         grid = content.get(BY_CASE, {})
         self.refused = {(r["provider"], r["reason"]): r["cases"] for r in grid.get("refused", [])}
-        failed = "\n".join(content["failures"])
-        kept = (BY_CASE, *self.content)
+        failed = "\n".join(failures)
+        kept = (BY_CASE, *self.finished)
         self.rows = [
             (row, where)
             for row, where in found
@@ -109,8 +107,13 @@ class Results:
 
     def all_content(self) -> dict[str, Any]:
         """What is in bench.json."""
-        written = {"environment": asdict(self.where), "method": self.method}
-        return {**written, "failures": self.failures, **self.content}
+        return {
+            "environment": asdict(self.where),
+            "method": self.method,
+            "finished": self.finished,
+            "failures": self.failures,
+            **self.content,
+        }
 
     def save(self) -> list[Path]:
         """Write the table and the content."""

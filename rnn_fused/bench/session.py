@@ -115,7 +115,7 @@ class Session:
             ResumeError: there is nothing to go on from, or it was measured otherwise.
             KeyboardInterrupt: after what was measured is written.
         """
-        sections = {
+        sections: dict[str, Callable[[], bool]] = {
             "grid": self.grid,
             "devices": self.devices,
             "ragged": self.ragged,
@@ -132,8 +132,12 @@ class Session:
             self.introduce()
             try:
                 for name in self.options.sections:
-                    if name == "grid" or name not in self.results.content:
-                        sections[name]()
+                    if name in self.results.finished:
+                        continue
+                    failures = len(self.results.failures)
+                    complete = sections[name]() and failures == len(self.results.failures)
+                    if complete and name != grid.SECTION:
+                        self.results.finished.append(name)
             finally:
                 self.finish()
         results = self.results
@@ -236,7 +240,9 @@ class Session:
             task = bar.add_task("", total=total)
             yield lambda name: bar.update(task, advance=1, description=name)
 
-    def grid(self) -> None:
+    # The sections: each says whether it left nothing out.
+
+    def grid(self) -> bool:
         """The grid, row by row."""
         options = self.options
         problems = select(options.problems, options.cells)
@@ -261,6 +267,7 @@ class Session:
             _, dropped = self.each(grid.SECTION, todo, compare)
         finally:
             self.show_grid(refused, dropped)
+        return not dropped
 
     def each(
         self, section: str, cases: Sequence[Case], compare: Callable[[Case], list[Row]]
@@ -312,7 +319,7 @@ class Session:
             "rows": [columns(row) for row in found],
         }
 
-    def devices(self) -> None:
+    def devices(self) -> bool:
         """A few problems on the CPU beside the device, in the last dtype."""
         options = self.options
         problems = devices.small_enough(select(options.problems, options.cells))
@@ -322,10 +329,10 @@ class Session:
         )
         if found:
             self.console.print(report.devices_table(found))
-        if not dropped:
-            self.results.content[devices.SECTION] = [columns(row) for row in found]
+        self.results.content[devices.SECTION] = [columns(row) for row in found]
+        return not dropped
 
-    def ragged(self) -> None:
+    def ragged(self) -> bool:
         """Packed training of the grid's problems, in the first dtype."""
         options = self.options
         problems = ragged.worth_packing(select(options.problems, options.cells))
@@ -340,17 +347,17 @@ class Session:
         _, dropped = self.each(ragged.SECTION, todo, compare)
         if outcomes:
             self.console.print(report.ragged_table(outcomes))
-        if not dropped:
-            self.results.content[ragged.SECTION] = [
-                {**asdict(outcome), "rows": [columns(row) for row in outcome.rows]}
-                for outcome in outcomes
-            ]
+        self.results.content[ragged.SECTION] = [
+            {**asdict(outcome), "rows": [columns(row) for row in outcome.rows]}
+            for outcome in outcomes
+        ]
+        return not dropped
 
-    def forecaster(self) -> None:
+    def forecaster(self) -> bool:
         """The training on the real series."""
         if not self.has_time():
             self.console.print("out of time: the forecaster left out")
-            return
+            return False
         with self.bar(2 * self.options.steps) as advance:
             steps, device = self.options.steps, self.options.device
             outcome = forecaster.run(device, steps, progress=lambda: advance("forecaster"))
@@ -370,3 +377,4 @@ class Session:
             "persistence_rmse_ppm": outcome.persistence_rmse,
             "ratio": outcome.ratio,
         }
+        return True
