@@ -32,11 +32,7 @@ DRAWING = re.compile(r'<img alt="([^"]*)" src="(images/[^"]*\.svg)" ?/?>')
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, place in PAGES.items():
-        if (ROOT / path).exists():
-            files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
-        else:
-            title = PurePosixPath(place).stem.capitalize()
-            files.append(File.generated(config, place, content=f"# {title}\n\nNone yet.\n"))
+        files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
     linked = {target for file in files.documentation_pages() for target in _targets(file)}
     for path in sorted(linked):
         if _place(path) != (place := f"source/{path}.md"):
