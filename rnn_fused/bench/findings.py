@@ -161,6 +161,11 @@ class Part:
     contents: list[Mapping[str, Any]] = field(default_factory=list)  # of bench.json
 
     @property
+    def compared(self) -> list[Row]:
+        """The rows of layers on one device."""
+        return [row for row in self.rows if row.section in COMPARED]
+
+    @property
     def measured(self) -> set[tuple[Any, ...]]:
         """What identifies each measurement."""
         timed = {(row.section, row.provider, *row.case) for row in self.rows}

@@ -37,7 +37,7 @@ Located = tuple[Row, Environment]
 
 
 @dataclass
-class Results:
+class Found:
     """What files of results hold, each with where it was measured."""
 
     rows: list[Located] = field(default_factory=list)
@@ -48,13 +48,12 @@ class Results:
 
 def panels(part: Part) -> dict[str, list[Panel]]:
     """The pictures of a part, by the name of their file."""
-    compared = [row for row in part.rows if row.section in findings.COMPARED]
-    ours = findings.standings(compared, OURS, STOCK)
+    ours = findings.standings(part.compared, OURS, STOCK)
     scale = charts.all_ratios(ours)
     roofs = [charts.roofline_panel(standing, part.rows) for standing in ours]
     learnings = [findings.learning(content) for content in part.contents]
     return {
-        "ratios": charts.ratios_chart(ours, compared),
+        "ratios": charts.ratios_chart(ours, part.compared),
         "heat": [charts.heat_panel(cell) for standing in ours for cell in standing.cells],
         "steps": [charts.steps_panel(standing, scale) for standing in ours],
         "roofline": [panel for panel in roofs if panel],
@@ -69,8 +68,8 @@ def panels(part: Part) -> dict[str, list[Panel]]:
 def view(part: Part, name: str, pictures: Mapping[str, Sequence[Panel]]) -> dict[str, Any]:
     """What the template shows of a part; `name` is unique in the page."""
     where = part.runs[0]
-    compared = [row for row in part.rows if row.section in findings.COMPARED]
-    stock, rivals = findings.against_stock(compared), findings.against_rivals(compared)
+    stock = findings.against_stock(part.compared)
+    rivals = findings.against_rivals(part.compared)
     ours = [standing for standing in stock if standing.ours == OURS]
     return {
         "id": name,
@@ -151,9 +150,9 @@ def files_in(path: Path) -> list[Path]:
     return tables + ([beside] if wanted and beside.exists() else [])
 
 
-def read(paths: Iterable[Path]) -> Results:
+def read(paths: Iterable[Path]) -> Found:
     """The results at these paths; files that hold something else are named in `unreadable`."""
-    results = Results()
+    results = Found()
     for file in dict.fromkeys(file for path in paths for file in files_in(path)):
         try:
             _read_file(file, results)
@@ -162,7 +161,7 @@ def read(paths: Iterable[Path]) -> Results:
     return results
 
 
-def _read_file(file: Path, results: Results) -> None:
+def _read_file(file: Path, results: Found) -> None:
     text = file.read_text(encoding="utf-8")
     if file.name == "bench.json":
         content = json.loads(text)

@@ -196,19 +196,15 @@ def admit(case: Case, providers: Sequence[str]) -> Admission:
     found = Admission()
     torchs: dict[str, float] = {}
     for name in dict.fromkeys(("torch.nn", *providers)):
+        tolerated = Exception if name in OTHERS else RuntimeError
         try:
             workload = build(case, name)
             own = errors(workload.results(), exact)
-        except Exception as error:  # of other libraries anything
-            ours = name not in OTHERS
-            if (
-                name == "torch.nn"
-                or is_fatal(error)
-                or (ours and not isinstance(error, RuntimeError))
-            ):
+        except tolerated as error:
+            if name == "torch.nn" or is_fatal(error):
                 raise
             reason = (str(error).strip() or repr(error)).splitlines()[0]
-            if not ours or REFUSAL in reason:
+            if name in OTHERS or REFUSAL in reason:
                 found.refused[name] = reason
             else:
                 found.wrong.append(f"[{name}] {case}: {reason}")
