@@ -30,14 +30,5 @@ def plan_cuda(
     allow_tf32: bool,
     gpu: tuple[int, int, int, int, int],
     backward: bool,
-) -> dict[str, Any]: ...
-def plan_cluster(
-    cell: str,
-    dtype: str,
-    T: int,
-    B: int,
-    H: int,
-    P: int,
-    directions: int,
-    gpu: tuple[int, int, int, int, int],
+    kernels: str,
 ) -> dict[str, Any]: ...

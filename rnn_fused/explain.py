@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -103,18 +103,23 @@ def _gpu(where: str | Gpu, index: int | None) -> Gpu:
     if isinstance(where, Gpu):
         return where
     if where == "cuda":
-        p = torch.cuda.get_device_properties(index)
-        return Gpu(
-            p.name,
-            10 * p.major + p.minor,
-            p.multi_processor_count,
-            p.regs_per_multiprocessor,  # type: ignore[attr-defined]
-            p.shared_memory_per_multiprocessor,
-            p.shared_memory_per_block_optin,  # type: ignore[attr-defined]
-        )
+        return current_gpu(index)
     if where not in GPUS:
         raise ValueError(f"device must be cpu, cuda or one of {[*GPUS]}, got {where!r}")
     return GPUS[where]
+
+
+def current_gpu(index: int | None = None) -> Gpu:
+    """A CUDA device of this machine."""
+    p = torch.cuda.get_device_properties(index)
+    return Gpu(
+        p.name,
+        10 * p.major + p.minor,
+        p.multi_processor_count,
+        p.regs_per_multiprocessor,  # type: ignore[attr-defined]
+        p.shared_memory_per_multiprocessor,
+        p.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+    )
 
 
 def _cpu(plan: dict[str, int], frozen: bool) -> list[str]:
@@ -139,42 +144,66 @@ def _cpu(plan: dict[str, int], frozen: bool) -> list[str]:
 
 
 def _cuda(layer: _Layer, gpu: Gpu, dtype: torch.dtype) -> list[str]:
-    limits = (
-        *(gpu.compute_capability, gpu.sm_count, gpu.registers_per_sm),
-        *(gpu.shared_per_sm, gpu.shared_per_block),
-    )
     if gpu.compute_capability < 10 * families.OLDEST_CAPABILITY[0]:
         return [
             f"  on {gpu.name}: torch's own op, the GPU is too old (sm_{gpu.compute_capability})"
         ]
     tf32 = dtype == torch.float32 and families.allows_tf32()
     lines = [f"  on {gpu.name} (sm_{gpu.compute_capability}, {gpu.sm_count} SMs)"]
-    if families.forced() not in ("auto", "cluster"):
-        lines.append(f"  forced: {families.forced()}; the plan would be")
+    kernels = families.forced()
+    if kernels == "cudnn":
+        lines.append("  forced: cudnn, torch's own op; the plan would be")
+        kernels = "auto"
+    elif kernels != "auto":
+        lines.append(f"  forced: {kernels}")
     for name, backward in (("forward", False), ("backward", True)):
-        if families.forced() == "cluster" and not backward:
-            plan = _C.plan_cluster(*layer, limits)
-        else:
-            plan = _C.plan_cuda(*layer, tf32, limits, backward)
-        if families.forced() == "cluster" and not backward and plan["why"]:
-            how = f"clusters cannot run it: {plan['why']}"
-        elif plan["family"] == "cluster":
-            how = (
-                f"clusters: {plan['blocks'] // plan['cluster']} of {plan['cluster']} blocks of "
-                f"{plan['units']} hidden units, {plan['batch_tile']} sequences each, weights in "
-                f"registers, {plan['shared_bytes']} bytes of shared memory{', TF32' * tf32}"
-            )
-        elif plan["family"] == "persistent":
-            runs, resident = plan["k_blocks"], plan["register_blocks"]
-            memory = f", the last {runs - resident} in shared memory" * (runs > resident)
-            how = (
-                f"persistent: {plan['blocks']} blocks of {plan['units']} hidden units"
-                f"{' for one direction after the other' * (plan['launches'] > 1)}, weights in "
-                f"registers ({plan['warps']} warps, {runs} runs each{memory}), up to "
-                f"{plan['batch_tile']} sequences a pass, {plan['shared_bytes']} bytes of shared "
-                f"memory{', TF32' if tf32 else ''}"
-            )
-        else:
-            how = f"stepwise: {plan['why']}"
+        plan = cuda_plan(layer, gpu, tf32, kernels, backward=backward)
+        cannot = kernels not in ("auto", plan["family"])
+        how = f"{kernels} cannot run it: {plan['why']}" if cannot else _how(plan, tf32)
         lines.append(f"  {name}: {how}")
+        if not cannot:
+            lines.append(f"    {_predicted(plan['step_us'])}")
     return lines
+
+
+def cuda_plan(
+    layer: _Layer, gpu: Gpu, tf32: bool, kernels: str, *, backward: bool
+) -> dict[str, Any]:
+    """What a family of `kernels`, or for "auto" the plan's own, would do with a layer."""
+    limits = (
+        *(gpu.compute_capability, gpu.sm_count, gpu.registers_per_sm),
+        *(gpu.shared_per_sm, gpu.shared_per_block),
+    )
+    return _C.plan_cuda(*layer, tf32, limits, backward, kernels)
+
+
+def _how(plan: dict[str, Any], tf32: bool) -> str:
+    if plan["family"] == "stepwise":
+        return f"stepwise{': ' * bool(plan['why'])}{plan['why']}"
+    runs, resident = plan["k_blocks"], plan["register_blocks"]
+    memory = f", the last {runs - resident} in shared memory" * (runs > resident)
+    weights = f"weights in registers ({plan['warps']} warps, {runs} runs each{memory})"
+    shared = f"{plan['shared_bytes']} bytes of shared memory{', TF32' * tf32}"
+    if plan["family"] == "cluster":
+        return (
+            f"cluster: {plan['blocks'] // plan['cluster']} of {plan['cluster']} blocks of "
+            f"{plan['units']} hidden units, {weights}, {plan['batch_tile']} sequences each, "
+            f"{shared}"
+        )
+    divided = f" in clusters of {plan['cluster']} that divide the gates" * (plan["cluster"] > 1)
+    return (
+        f"persistent: {plan['blocks']} blocks of {plan['units']} hidden units{divided}"
+        f"{' for one direction after the other' * (plan['launches'] > 1)}, {weights}, up to "
+        f"{plan['batch_tile']} sequences a pass, {shared}"
+    )
+
+
+def _predicted(step_us: dict[str, float]) -> str:
+    parts = {
+        "waits": "launches, barriers and trips between SMs",
+        "traffic": "L2 and other SMs' memory",
+        "shared": "shared memory",
+        "maths": "products and gates",
+    }
+    spent = ", ".join(f"{what} {step_us[part]:.1f}" for part, what in parts.items())
+    return f"predicted, not measured: {sum(step_us.values()):.1f} us a step ({spent})"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, wraps
+from functools import cache
 from threading import Lock
-from typing import Any, TypeVar, cast
 
 import torch
 
 from . import _C
 
-KERNELS = ("auto", "stepwise", "persistent", "cluster", "cudnn")
+KERNELS = ("auto", "stepwise", "persistent", "split", "cluster", "cudnn")
 OLDEST_CAPABILITY = (8, 0)
 
 # The families of the contexts that are open, oldest first, and the one that counts: a global of its
@@ -31,11 +30,16 @@ def kernels(family: str) -> Iterator[None]:
     - "auto": the plan chooses, see `rnn_fused.explain`.
     - "stepwise": a product and a fused kernel for each timestep; any sizes, dtypes, projections.
     - "persistent": one launch for all timesteps, weights kept on the chip.
-    - "cluster": forward, one launch of thread-block clusters that each run some sequences and wait
-      for no other; compute capability 9.0 on, H up to 256 (from 11.0 on 128). The backward pass is
-      that of "auto", which never chooses clusters: no GPU has run them yet.
+    - "split": "persistent", but backward the blocks of a thread-block cluster divide the gates among
+      them, so that an SM reads the gradients of one gate only; LSTM and GRU, H a multiple of 8,
+      compute capability 9.0 on.
+    - "cluster": one launch of thread-block clusters that each run some sequences and wait for no
+      other; compute capability 9.0 on, H up to 512, of LSTMs and GRUs in float32 256 (from 11.0 on
+      half of that).
     - "cudnn": torch's own op, which runs cuDNN where that can. For comparisons: torch.nn's modules
       keep their weights in one piece, which spares cuDNN a copy of them at every call.
+
+    "auto" chooses neither "split" nor "cluster": no GPU has run any of these kernels yet.
 
     The youngest open context counts, for all threads. A backward pass has the choice of its forward
     pass.
@@ -63,27 +67,6 @@ def forced() -> str:
     return _forced
 
 
-Asked = TypeVar("Asked", bound=Callable[..., bool])
-
-
-def _constant(read: Asked) -> Asked:
-    """For what asks the device or torch's settings, which a compiler cannot trace: a graph takes
-    the result as a constant. torch's decorator for it imports the whole compiler, a second, and so
-    waits for one to be there.
-    """
-
-    @wraps(read)
-    def ask(*args: Any) -> bool:
-        if torch.compiler.is_dynamo_compiling():
-            from . import constants
-
-            return constants.CONSTANT[read.__name__](*args)
-        return read(*args)
-
-    return cast("Asked", ask)
-
-
-@_constant
 def has_kernels(device: str, index: int | None) -> bool:
     """Whether this build has kernels for a device; elsewhere torch's own op runs."""
     if device != "cuda":
@@ -104,7 +87,6 @@ def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
     return minor == capability[1] if arch.endswith("a") else minor <= capability[1]
 
 
-@_constant
 def allows_tf32() -> bool:
     """What torch.nn's layers obey on CUDA: `torch.backends.cudnn.rnn.fp32_precision`.
 
@@ -120,19 +102,18 @@ def allows_tf32() -> bool:
     return layers == "tf32"
 
 
-@_constant
 def allows_split() -> bool:
     """Whether float32 products on the CPU may be those of bfloat16 terms: by
     `torch.get_float32_matmul_precision()`, unless that of layers on the CPU says "ieee". Compilers
     guard the former.
     """
-    layers = getattr(torch.backends.mkldnn, "rnn", None)
-    if getattr(layers, "fp32_precision", "none") == "ieee":
-        return False
     try:
-        return torch.get_float32_matmul_precision() != "highest"
+        if torch.get_float32_matmul_precision() == "highest":
+            return False
     except RuntimeError:  # old and new settings mixed
         return False
+    layers = getattr(torch.backends.mkldnn, "rnn", None)
+    return getattr(layers, "fp32_precision", "none") != "ieee"
 
 
 @cache

@@ -66,7 +66,7 @@ class Variant:
         H, tf32 = BLOCK * k_blocks, self.policy == "tf32"
         gpu = (H100.compute_capability, sms, H100.registers_per_sm, shared_per_sm, shared)
         layer = (self.cell, "f32" if tf32 else self.policy, 1, BATCH, H, H, 1)
-        return _C.plan_cuda(*layer, tf32, gpu, self.backward)
+        return _C.plan_cuda(*layer, tf32, gpu, self.backward, "persistent")
 
     def promise(self) -> tuple[int, int]:
         """The blocks for which the plan takes an SM's registers to have room, and warps of a block.
@@ -91,11 +91,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Which kernel of clusters, forward."""
+    """Which kernel of clusters, of either pass; or one whose blocks divide the gates."""
 
     policy: str  # a value of POLICIES
     cell: str
-    aligned: bool
 
 
 def blocks_of_registers(registers: int, warps: int) -> int:
@@ -146,8 +145,8 @@ def readable(kernels: Kernels) -> Kernels:
 
 def cluster_of(name: str) -> Cluster | None:
     """Of a readable name; None for a kernel that is not one of clusters."""
-    match = re.fullmatch(r"cluster_forward_kernel<(.+), (\w+), (\w+)>", name)
-    return Cluster(POLICIES[match[1]], match[2], match[3] == "true") if match else None
+    match = re.fullmatch(r"(?:cluster|split)_\w+_kernel<(.+), (\w+), \d+>", name)
+    return Cluster(POLICIES[match[1]], match[2]) if match else None
 
 
 def variant_of(name: str) -> Variant | None:

@@ -67,7 +67,9 @@ def run(args: list[Any], call: Call, recompute: bool = False) -> list[torch.Tens
 @pytest.mark.parametrize("cell", GATES)
 def test_families_agree(cell: str, dtype: torch.dtype, plain: bool) -> None:
     args, options = arguments(cell, dtype), PLAIN if plain else options_of(cell)
-    families = "persistent", "stepwise", "cluster", "auto"
+    families = ["persistent", "stepwise", "cluster", "auto"]
+    if GATES[cell] > 1:
+        families.insert(1, "split")
     persistent, *others, auto = (run(args, Call(cell, options, family)) for family in families)
     tolerance = 64 * torch.finfo(dtype).eps
     for other in others:
@@ -136,7 +138,7 @@ def test_tf32_rounds_the_factors() -> None:
         ({"dtype": torch.float32, "P": 5}, "a projection, P = 5"),
     ],
 )
-@pytest.mark.parametrize("kernels", ["persistent", "cluster"])
+@pytest.mark.parametrize("kernels", ["persistent", "split", "cluster"])
 def test_a_family_that_cannot_run_says_why(args: dict[str, Any], why: str, kernels: str) -> None:
     layer, forced = arguments("lstm", **args), Call("lstm", kernels=kernels)
     with pytest.raises(RuntimeError, match=rf"^\[lstm\] the {kernels} kernels cannot .*: {why}"):
@@ -146,5 +148,5 @@ def test_a_family_that_cannot_run_says_why(args: dict[str, Any], why: str, kerne
 
 def test_an_unknown_family_is_an_error() -> None:
     layer = arguments("gru", torch.float32)
-    with pytest.raises(RuntimeError, match="persistent or cluster, got 'cudnn'"):
+    with pytest.raises(RuntimeError, match="persistent, split or cluster, got 'cudnn'"):
         library.layer_forward(*layer, *Call("gru", kernels="cudnn").arguments, True, True)

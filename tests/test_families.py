@@ -54,11 +54,21 @@ def test_explains_clusters() -> None:
     layer = rnn_fused.LSTM(8, 200, dtype=torch.bfloat16, bidirectional=True)
     with rnn_fused.kernels("cluster"):
         text = rnn_fused.explain(layer, T=10, B=300, device="H100")
-        how = "forward: clusters: 20 of 13 blocks of 16 hidden units, 32 sequences each, weights in"
-        assert how in text
-        assert "backward: persistent" in text
+        for how in ("forward: cluster", "backward: cluster"):
+            assert f"{how}: 20 of 13 blocks of 16 hidden units, weights in registers (8 w" in text
+        assert text.count(" 2 runs each), 32 sequences each, ") == 2
         text = rnn_fused.explain(layer, T=10, B=16, device="A100")
-        assert "forward: clusters cannot run it: compute capability at least 90 is needed" in text
+        assert text.count("cluster cannot run it: compute capability at least 90 is needed") == 2
+        text = rnn_fused.explain(rnn_fused.LSTM(8, 512, dtype=torch.float16), 10, 16, device="H100")
+        assert "16 blocks of 32 hidden units, weights in registers (8 warps, 4 runs each, " in text
+        assert "each, the last 1 in shared memory)" in text
+    with rnn_fused.kernels("split"):
+        text = rnn_fused.explain(rnn_fused.GRU(8, 512), T=10, B=16, device="H100")
+        assert "forward: persistent: 64 blocks of 8 hidden units, weights" in text
+        how = "66 blocks of 8 hidden units in clusters of 3 that divide the gates, weights"
+        assert f"backward: persistent: {how}" in text
+        text = rnn_fused.explain(rnn_fused.RNN(8, 512), T=10, B=16, device="H100")
+        assert text.count("split cannot run it: one gate is nothing to divide") == 2
 
 
 def test_a_small_gpu_runs_small_layers_only() -> None:
@@ -140,6 +150,12 @@ def test_kernels_nest_and_end_with_an_error() -> None:
         assert families.forced() == "stepwise"
         text = rnn_fused.explain(rnn_fused.GRU(8, 32), 10, 8, device="H100")
         assert "forced: stepwise" in text
+        assert (
+            "\n  forward: stepwise\n    predicted, not measured: 7.0 us a step (launches, " in text
+        )
+    with rnn_fused.kernels("cudnn"):
+        text = rnn_fused.explain(rnn_fused.GRU(8, 32), 10, 8, device="H100")
+        assert text.count("persistent") == 2
     assert families.forced() == "auto"
 
 

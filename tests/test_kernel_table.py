@@ -70,7 +70,8 @@ arch = sm_90a
 		..........
 """
 VARIANT = "forward_kernel<{}, {}, {}, true>"
-CLUSTER = "cluster_forward_kernel<Mma<__half>, gru, true>"
+CLUSTER = "cluster_backward_kernel<Mma<__half>, gru, 16>"
+SPLIT = "split_backward_kernel<Ffma, lstm, 4>"
 
 
 def test_reads_what_cuobjdump_prints() -> None:
@@ -107,12 +108,14 @@ def healthy() -> Kernels:
     kernels[VARIANT.format("Ffma", "rnn_tanh", 1)] = {"sm_80": Code(255, 0, 0, ffma=32)}
     kernels["forward_step<double, gru>"] = {"sm_80": Code(40, 0, 0)}
     kernels[CLUSTER] = {"sm_90a": Code(200, 0, 0, tensor=8), "sm_80": Code(8, 0, 0)}
+    kernels[SPLIT] = {"sm_90a": Code(200, 0, 0, ffma=128), "sm_80": Code(8, 0, 0)}
     return kernels
 
 
 def test_healthy_kernels_break_no_rule() -> None:
     kernels = healthy()
-    assert list(broken_rules({CLUSTER: kernels.pop(CLUSTER)}, ["sm_80", "sm_90a"]))[1:] == []
+    of_clusters = {name: kernels.pop(name) for name in (CLUSTER, SPLIT)}
+    assert list(broken_rules(of_clusters, ["sm_80", "sm_90a"]))[1:] == []
     assert list(broken_rules(kernels, ["sm_80"])) == []
 
 
@@ -140,7 +143,7 @@ BF16_NAME, EXACT_NAME = "forward LSTM bf16, 1 k-block, aligned", "forward RNN f3
 )
 def test_broken_rule(kernel: str, field: str, value: int, message: str) -> None:
     kernels = healthy()
-    del kernels[CLUSTER]
+    del kernels[CLUSTER], kernels[SPLIT]
     setattr(kernels[kernel]["sm_80"], field, value)
     (broken,) = broken_rules(kernels, ["sm_80"])
     assert broken.startswith(message)
@@ -148,7 +151,7 @@ def test_broken_rule(kernel: str, field: str, value: int, message: str) -> None:
 
 def test_missing_kernels() -> None:
     kernels = healthy()
-    del kernels[CLUSTER]
+    del kernels[CLUSTER], kernels[SPLIT]
     broken_archs = list(broken_rules(kernels, ["sm_80", "sm_120"]))
     assert len(broken_archs) == len(kernels)
     del kernels[EXACT]

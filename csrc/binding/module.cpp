@@ -10,6 +10,7 @@
 #include "csrc/cpu/plan.h"
 #include "csrc/cpu/select.h"
 #include "csrc/cuda/plan.h"
+#include "csrc/cuda/predict.h"
 
 namespace py = pybind11;
 
@@ -85,11 +86,17 @@ GpuProperties properties(const Gpu& gpu) {
   return {capability, sms, registers, shared, shared_of_block};
 }
 
-py::dict as_dict(const CudaPlan& plan) {
-  py::dict result;
-  result["family"] = plan.family == Family::cluster      ? "cluster"
-                     : plan.family == Family::persistent ? "persistent"
-                                                         : "stepwise";
+// The plan and what a step of it is expected to cost, in microseconds.
+py::dict as_dict(const LayerShape& shape, Precision precision, const Gpu& gpu, const CudaPlan& plan,
+                 bool backward) {
+  const StepCost cost = predict_step(shape, precision, properties(gpu), plan, backward);
+  py::dict result, step;
+  step["waits"] = cost.waits;
+  step["traffic"] = cost.traffic;
+  step["shared"] = cost.shared;
+  step["maths"] = cost.maths;
+  result["step_us"] = step;
+  result["family"] = kFamilyNames[static_cast<int>(plan.family)];
   result["units"] = plan.units;
   result["warps"] = plan.warps;
   result["k_blocks"] = plan.k_blocks;
@@ -105,16 +112,13 @@ py::dict as_dict(const CudaPlan& plan) {
 
 py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B,
                    int64_t H, int64_t P, int directions, bool allow_tf32, const Gpu& gpu,
-                   bool backward) {
-  return as_dict(rnn_fused::plan_cuda(layer_shape(cell, dtype, T, B, H, P, directions),
-                                      allow_tf32 ? Precision::tf32 : Precision::exact,
-                                      properties(gpu), backward));
-}
-
-py::dict cluster_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B,
-                      int64_t H, int64_t P, int directions, const Gpu& gpu) {
-  return as_dict(
-      rnn_fused::plan_cluster(layer_shape(cell, dtype, T, B, H, P, directions), properties(gpu)));
+                   bool backward, const std::string& kernels) {
+  const LayerShape shape = layer_shape(cell, dtype, T, B, H, P, directions);
+  const Precision precision = allow_tf32 ? Precision::tf32 : Precision::exact;
+  const std::optional<Family> forced = family_named(kernels);
+  if (!forced && kernels != "auto") throw py::value_error("unknown kernels '" + kernels + "'");
+  const CudaPlan plan = rnn_fused::plan_cuda(shape, precision, properties(gpu), backward, forced);
+  return as_dict(shape, precision, gpu, plan, backward);
 }
 
 }  // namespace
@@ -131,5 +135,4 @@ PYBIND11_MODULE(_C, m) {
   m.def("selected_isa", [] { return std::string(rnn_fused::isa_name(rnn_fused::selected_isa())); });
   m.def("plan_cpu", &rnn_fused::cpu_plan);
   m.def("plan_cuda", &rnn_fused::cuda_plan);
-  m.def("plan_cluster", &rnn_fused::cluster_plan);
 }

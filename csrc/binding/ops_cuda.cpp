@@ -76,19 +76,14 @@ Tensor workspace(const Layer& layer, int64_t bytes) {
 // The plan for a layer, as far as `kernels` leaves a choice.
 CudaPlan choose(const Layer& layer, const std::string& kernels, Precision precision,
                 bool backward) {
-  constexpr std::array kFamilies = {"auto", "stepwise", "persistent", "cluster"};
-  RNN_FUSED_CHECK(std::ranges::find(kFamilies, kernels) != kFamilies.end(), "[", layer.name,
-                  "] kernels must be auto, stepwise, persistent or cluster, got '", kernels, "'");
+  RNN_FUSED_CHECK(kernels == "auto" || family_named(kernels), "[", layer.name,
+                  "] kernels must be auto, stepwise, persistent, split or cluster, got '", kernels,
+                  "'");
   RNN_FUSED_CHECK(!layer.padded, "[", layer.name,
                   "] lengths of a padded batch are for tensors on the CPU; pack it instead");
-  if (kernels == "stepwise") return {};
-  // Clusters run forward; any backward pass takes what they save.
-  const bool cluster = kernels == "cluster" && !backward;
-  const CudaPlan plan =
-      cluster ? plan_cluster(layer.shape, current_gpu())
-              : plan_cuda(layer.shape, precision, current_gpu(), backward, kernels == "persistent");
-  const bool forced = cluster || kernels == "persistent";
-  RNN_FUSED_CHECK(!forced || plan.family != Family::stepwise, "[", layer.name, "] the ", kernels,
+  const std::optional<Family> forced = family_named(kernels);
+  const CudaPlan plan = plan_cuda(layer.shape, precision, current_gpu(), backward, forced);
+  RNN_FUSED_CHECK(!forced || plan.family == forced, "[", layer.name, "] the ", kernels,
                   " kernels cannot run this layer: ", plan.why);
   return plan;
 }

@@ -15,6 +15,8 @@ template <class Policy>
 void launch_cluster_forward(const CudaPlan&, const ForwardParams&, cudaStream_t);
 template <class Policy>
 void launch_backward(const CudaPlan&, const BackwardParams&, uint32_t*, cudaStream_t);
+template <class Policy>
+void launch_cluster_backward(const CudaPlan&, const BackwardParams&, cudaStream_t);
 
 // Calls body.operator()<Policy>().
 template <class Body>
@@ -45,7 +47,10 @@ void persistent_forward(const CudaPlan& plan, Precision precision, const Forward
 void persistent_backward(const CudaPlan& plan, Precision precision, const BackwardParams& params,
                          uint32_t* barrier, cudaStream_t stream) {
   persistent::with_policy(plan, params.dtype, precision, [&]<class Policy>() {
-    persistent::launch_backward<Policy>(plan, params, barrier, stream);
+    if (plan.family == Family::cluster)
+      persistent::launch_cluster_backward<Policy>(plan, params, stream);
+    else
+      persistent::launch_backward<Policy>(plan, params, barrier, stream);
   });
 }
 

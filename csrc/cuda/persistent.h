@@ -1,5 +1,5 @@
 // The persistent kernels: one cooperative launch for all timesteps, of all directions or of each;
-// or, forward, one of clusters.
+// or one of clusters.
 //
 // In the params, batch_sizes and row_start point to device memory, as every other pointer does.
 // input_in_gates is true: `gates` holds W_ih x on entry. Nothing here waits for the device, and all

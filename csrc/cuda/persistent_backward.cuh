@@ -18,102 +18,56 @@
 
 namespace rnn_fused::persistent {
 
-// kCell: rnn_tanh stands for both RNNs.
-template <class Policy, Cell kCell, int kBlocks, bool kAligned>
-class Backward {
+// Some hidden units of one direction, and what a step does with them besides the product: the
+// threads of a block own them and a tile of sequences. kCell: rnn_tanh stands for both RNNs.
+template <class Policy, Cell kCell, int kUnits>
+class BackwardUnits {
+ protected:
   using T = typename Policy::T;
+  using Owned = Own<kUnits>;
   static constexpr int G = gate_count(kCell), S = saved_count(kCell);
-  static constexpr int kUnits = units_of(kBlocks), kPitch = sum_pitch(1, kUnits);
   static constexpr bool kLstm = kCell == Cell::lstm;
   static constexpr bool kGru = kCell == Cell::gru;
-  using Owned = Own<kUnits>;
 
-  // What the forward pass left of one row, and the gradient that the caller has for its h.
-  struct Saved {
-    float gates[S];  // an RNN: h
-    float c;
-    float before;  // c of the step before, or h of a GRU
-    float grad_output;
-  };
-
- public:
-  // shared: [plan.shared_bytes]
-  __device__ __forceinline__ Backward(const BackwardParams& p, int direction, int tile,
-                                      float* shared)
+  // block: of the direction's units. state: [state_count, sequences, kUnits].
+  __device__ __forceinline__ BackwardUnits(const BackwardParams& p, int direction, int block,
+                                           int tile, float* state, int64_t sequences)
       : p_(p),
         direction_(direction),
         dir_(p.direction[direction]),
         tile_(tile),
-        unit_(static_cast<int>(blockIdx.x) * kUnits + Owned::unit()),
-        sums_(shared),
-        dh_(shared + kWarps * tile * kPitch),
-        dc_(dh_ + p.B * kUnits),
-        product_(static_cast<int>(p.H), dh_ + state_count(kCell, true) * p.B * kUnits,
-                 [&](int, int gate, int of_block, int k) {
-                   const int unit = blockIdx.x * kUnits + of_block;
-                   const T* const weights = static_cast<const T*>(dir_.weight_hh);
-                   return gather_eight(weights + (gate * p.H + k) * p.H + unit, p.H,
-                                       unit < p.H ? static_cast<int>(p.H) - k : 0);
-                 }) {
-    Owned::for_all_sequences(owns() ? p_.B : 0, tile_, [&](int b) {
-      const int64_t i = b * p_.H + unit_;
-      dh_[b * kUnits + Owned::unit()] = first(dir_.grad_h_n, dir_.carried_dh, i);
+        first_unit_(block * kUnits),
+        unit_(first_unit_ + Owned::unit()),
+        dh_(state),
+        dc_(state + sequences * kUnits) {}
+
+  // Behind the state of so many sequences.
+  __device__ __forceinline__ float* behind_state(int64_t sequences) const {
+    return dh_ + state_count(kCell, true) * sequences * kUnits;
+  }
+
+  // dh and dc of the sequences from `first` on, before the window's first step.
+  __device__ __forceinline__ void begin_state(int first, int64_t count) {
+    Owned::for_all_sequences(owns() ? count : 0, tile_, [&](int b) {
+      const int64_t i = (first + b) * p_.H + unit_;
+      dh_[b * kUnits + Owned::unit()] = begin(dir_.grad_h_n, dir_.carried_dh, i);
       if constexpr (kLstm)
-        dc_[b * kUnits + Owned::unit()] = first(dir_.grad_c_n, dir_.carried_dc, i);
+        dc_[b * kUnits + Owned::unit()] = begin(dir_.grad_c_n, dir_.carried_dc, i);
     });
   }
 
-  __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
-    const bool down = direction_ == 0;
-    const auto [begin, end] = p_.steps();
-    Step now = step_at(p_, down, begin), next = step_at(p_, down, begin + 1);
-    load_saved(now, next, 0);
-    for (int64_t s = begin; s < end; ++s) {
-      const Step border = down ? now : next;
-      for (int first = 0; first < now.active; first += tile_) {
-        if (first > 0) load_saved(now, next, first);
-        differentiate(now, border, first);
-      }
-      const Step after = step_at(p_, down, s + 2);
-      barrier.arrive();
-      if (s + 1 < end) load_saved(next, after, 0);
-      barrier.wait();
-      for (int first = 0; first < now.active; first += tile_) {
-        if (first > 0) __syncthreads();  // the sums of the pass before have been read
-        multiply(now, first);
-        __syncthreads();
-        add_product(now, border, first);
-      }
-      now = next;
-      next = after;
-    }
-    Owned::for_all_sequences(owns() ? p_.B : 0, tile_, [&](int b) {
-      const int64_t i = b * p_.H + unit_;
+  // And after its last one.
+  __device__ __forceinline__ void end_state(int first, int64_t count) const {
+    Owned::for_all_sequences(owns() ? count : 0, tile_, [&](int b) {
+      const int64_t i = (first + b) * p_.H + unit_;
       leave(dh_[b * kUnits + Owned::unit()], dir_.grad_h0, dir_.carried_dh, i);
       if constexpr (kLstm) leave(dc_[b * kUnits + Owned::unit()], dir_.grad_c0, dir_.carried_dc, i);
     });
   }
 
- private:
   __device__ bool owns() const { return unit_ < p_.H; }
   __device__ T* grad_gates(int64_t row) const {
     return static_cast<T*>(dir_.grad_gates) + (row - dir_.first_row) * S * p_.H;
-  }
-  __device__ float output(int64_t row) const {
-    return static_cast<float>(static_cast<const T*>(dir_.output)[row * p_.output_stride + unit_]);
-  }
-
-  // dh or dc before the window's first step: the caller's, or what the window before left.
-  __device__ float first(const void* grad_n, const void* carried, int64_t i) const {
-    if (p_.steps_before > 0) return static_cast<const float*>(carried)[i];
-    return value_or_zero<T>(grad_n, i);
-  }
-  // And after its last one.
-  __device__ void leave(float gradient, void* grad_0, void* carried, int64_t i) const {
-    if (p_.steps_after > 0)
-      static_cast<float*>(carried)[i] = gradient;
-    else
-      static_cast<T*>(grad_0)[i] = static_cast<T>(gradient);
   }
 
   // `before`: the step that the forward pass made before `step`.
@@ -150,18 +104,24 @@ class Backward {
     });
   }
 
-  // From the gradient of h to those of the pre-activations. What reaches the h before without W_hh
-  // stays in dh.
-  __device__ __forceinline__ void differentiate(Step now, Step border, int first) {
+  // From the gradient of h to those of the pre-activations, in the pass that begins with `first`,
+  // whose state is that of number in_state. What reaches the h before without W_hh stays in dh.
+  // put(b, gate, gradient): what else becomes of them.
+  template <class Put>
+  __device__ __forceinline__ void differentiate(Step now, Step border, int first, int in_state,
+                                                Put put_too) {
     Owned::for_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int i, int b) {
-      const int sequence = first + b;
+      const int sequence = first + b, in_block = (in_state + b) * kUnits + Owned::unit();
       const Saved& saved = saved_[i];
       T* const grads = grad_gates(now.row + sequence) + unit_;
-      const auto put = [&](int gate, float grad) { grads[gate * p_.H] = static_cast<T>(grad); };
-      float& dh = dh_[sequence * kUnits + Owned::unit()];
+      const auto put = [&](int gate, float grad) {
+        grads[gate * p_.H] = static_cast<T>(grad);
+        put_too(b, gate, static_cast<T>(grad));
+      };
+      float& dh = dh_[in_block];
       const float total = dh + saved.grad_output;
       if constexpr (kLstm) {
-        float& dc = dc_[sequence * kUnits + Owned::unit()];
+        float& dc = dc_[in_block];
         // Seldom there: not worth a register across the barrier.
         const float more =
             value_or_zero<float>(dir_.grad_cells, (now.row + sequence) * p_.H + unit_);
@@ -191,26 +151,45 @@ class Backward {
     });
   }
 
-  // W_hh^T times the gradients of the pre-activations. Those of a GRU's n reach h through hn.
-  __device__ __forceinline__ void multiply(Step now, int first) {
-    product_.multiply(
-        pass_size(now.active, first, tile_),
-        [&](int b, int gate, int k) {
-          const T* const row =
-              grad_gates(now.row + first + b) + (kGru && gate == 2 ? 3 : gate) * p_.H;
-          return load_eight<kAligned>(row + k, static_cast<int>(p_.H) - k);
-        },
-        sums_ + threadIdx.x / 32 * tile_ * kPitch);
-  }
+  // The saved gate whose gradient a group of the product multiplies: that of a GRU's n reaches h
+  // through hn.
+  __device__ static constexpr int saved_gate(int group) { return kGru && group == 2 ? 3 : group; }
 
-  __device__ __forceinline__ void add_product(Step now, Step border, int first) {
+  // Adds what W_hh gives the h before. sum_of(b): of the pass's sequence.
+  template <class Sum>
+  __device__ __forceinline__ void add_product(Step now, Step border, int first, int in_state,
+                                              Sum sum_of) {
     Owned::for_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int, int b) {
-      float sums[1] = {};
-      add_sums(sums_, tile_, kPitch, b, Owned::unit(), sums);
-      float& dh = dh_[(first + b) * kUnits + Owned::unit()];
-      dh = clip(dh + sums[0], p_.options.f32.grad_clip);
+      float& dh = dh_[(in_state + b) * kUnits + Owned::unit()];
+      dh = clip(dh + sum_of(b), p_.options.f32.grad_clip);
       if (is_reset(p_, border, first + b)) end_at_reset(dir_.grad_reset_h, first + b, dh);
     });
+  }
+
+ private:
+  // What the forward pass left of one row, and the gradient that the caller has for its h.
+  struct Saved {
+    float gates[S];  // an RNN: h
+    float c;
+    float before;  // c of the step before, or h of a GRU
+    float grad_output;
+  };
+
+  __device__ float output(int64_t row) const {
+    return static_cast<float>(static_cast<const T*>(dir_.output)[row * p_.output_stride + unit_]);
+  }
+
+  // dh or dc before the window's first step: the caller's, or what the window before left.
+  __device__ float begin(const void* grad_n, const void* carried, int64_t i) const {
+    if (p_.steps_before > 0) return static_cast<const float*>(carried)[i];
+    return value_or_zero<T>(grad_n, i);
+  }
+  // And after its last one.
+  __device__ void leave(float gradient, void* grad_0, void* carried, int64_t i) const {
+    if (p_.steps_after > 0)
+      static_cast<float*>(carried)[i] = gradient;
+    else
+      static_cast<T*>(grad_0)[i] = static_cast<T>(gradient);
   }
 
   // Hands what reaches the state before a step over to the reset state. Of this unit and sequence
@@ -220,16 +199,93 @@ class Backward {
     gradient = 0;
   }
 
+ protected:
   const BackwardParams& p_;
   const int direction_;
   const BackwardDirection& dir_;
   const int tile_;
-  const int unit_;     // the thread's own
-  float* const sums_;  // [kWarps, tile, kPitch]
-  float* const dh_;    // [B, kUnits]
-  float* const dc_;    // [B, kUnits], an LSTM's; behind them the weights in shared memory
-  const Product<Policy, kUnits, 1, G, kBlocks, kAligned> product_;
+  const int first_unit_;  // of the block
+  const int unit_;        // the thread's own
+
+ private:
+  float* const dh_;  // [sequences, kUnits]
+  float* const dc_;  // [sequences, kUnits], an LSTM's
   Saved saved_[kOwn] = {};
+};
+
+template <class Policy, Cell kCell, int kBlocks, bool kAligned>
+class Backward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
+  static constexpr int kUnits = units_of(kBlocks), kPitch = sum_pitch(1, kUnits);
+  using Units = BackwardUnits<Policy, kCell, kUnits>;
+  using typename Units::Owned;
+  using typename Units::T;
+  using Units::dir_;
+  using Units::direction_;
+  using Units::p_;
+  using Units::tile_;
+
+ public:
+  // shared: [plan.shared_bytes]
+  __device__ __forceinline__ Backward(const BackwardParams& p, int direction, int tile,
+                                      float* shared)
+      : Units(p, direction, blockIdx.x, tile, shared + kWarps * tile * kPitch, p.B),
+        sums_(shared),
+        product_(static_cast<int>(p.H), this->behind_state(p.B),
+                 [&](int, int gate, int of_block, int k) {
+                   const int unit = this->first_unit_ + of_block;
+                   const T* const weights = static_cast<const T*>(dir_.weight_hh);
+                   return gather_eight(weights + (gate * p.H + k) * p.H + unit, p.H,
+                                       unit < p.H ? static_cast<int>(p.H) - k : 0);
+                 }) {
+    this->begin_state(0, p.B);
+  }
+
+  __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
+    const bool down = direction_ == 0;
+    const auto [begin, end] = p_.steps();
+    Step now = step_at(p_, down, begin), next = step_at(p_, down, begin + 1);
+    this->load_saved(now, next, 0);
+    for (int64_t s = begin; s < end; ++s) {
+      const Step border = down ? now : next;
+      for (int first = 0; first < now.active; first += tile_) {
+        if (first > 0) this->load_saved(now, next, first);
+        this->differentiate(now, border, first, first, [](int, int, T) {});
+      }
+      const Step after = step_at(p_, down, s + 2);
+      barrier.arrive();
+      if (s + 1 < end) this->load_saved(next, after, 0);
+      barrier.wait();
+      for (int first = 0; first < now.active; first += tile_) {
+        if (first > 0) __syncthreads();  // the sums of the pass before have been read
+        multiply(now, first);
+        __syncthreads();
+        this->add_product(now, border, first, first, [&](int b) {
+          float sums[1] = {};
+          add_sums<kWarps>(sums_, tile_, kPitch, b, Owned::unit(), sums);
+          return sums[0];
+        });
+      }
+      now = next;
+      next = after;
+    }
+    this->end_state(0, p_.B);
+  }
+
+ private:
+  // W_hh^T times the gradients of the pre-activations.
+  __device__ __forceinline__ void multiply(Step now, int first) {
+    product_.multiply(
+        pass_size(now.active, first, tile_),
+        [&](int b, int group, int k) {
+          const T* const row =
+              this->grad_gates(now.row + first + b) + this->saved_gate(group) * p_.H;
+          return load_eight<kAligned>(row + k, static_cast<int>(p_.H) - k);
+        },
+        tile_, sums_);
+  }
+
+  float* const sums_;  // [kWarps, tile, kPitch]; behind them the state, and the weights
+  const Product<Policy, kUnits, 1, gate_count(kCell), kBlocks, kAligned> product_;
 };
 
 // blockIdx: (block of units, direction behind the first). counters: zero, kBarrierStride apart.
@@ -241,19 +297,6 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy
   const int direction = first_direction + blockIdx.y;
   Backward<Policy, kCell, kBlocks, kAligned> block(p, direction, tile, shared);
   block.run(gpu::GridBarrier(counters + direction * kBarrierStride, gridDim.x));
-}
-
-template <class Policy>
-void launch_backward(const CudaPlan& plan, const BackwardParams& params, uint32_t* counters,
-                     cudaStream_t stream) {
-  bool aligned = true;
-  for (int d = 0; d < params.directions; ++d)
-    aligned = aligned &&
-              rows_aligned<typename Policy::T>(params.direction[d].grad_gates, params.H, params.H);
-  launch_persistent(plan, aligned, params, counters, stream,
-                    [](auto cell, auto k_blocks, auto aligned) {
-                      return backward_kernel<Policy, cell.value, k_blocks.value, aligned.value>;
-                    });
 }
 
 }  // namespace rnn_fused::persistent

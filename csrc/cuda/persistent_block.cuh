@@ -69,38 +69,37 @@ __device__ inline float value_or_zero(const void* from, int64_t i) {
 // Launch
 // ---------------------------------------------------------------------------------------------
 
-// kernel_of(cell, k_blocks, aligned): the kernel for these std::integral_constants.
+// Calls body(cell) with a std::integral_constant; rnn_tanh stands for both RNNs.
+template <class Body>
+void with_kernels_of(Cell cell, const Body& body) {
+  switch (cell) {
+    case Cell::lstm: return body(std::integral_constant<Cell, Cell::lstm>());
+    case Cell::gru: return body(std::integral_constant<Cell, Cell::gru>());
+    case Cell::rnn_tanh:
+    case Cell::rnn_relu: return body(std::integral_constant<Cell, Cell::rnn_tanh>());
+  }
+}
+
+// kernel_of(cell, k_blocks): the kernel for these std::integral_constants.
 template <class Params, class KernelOf>
-void launch_persistent(const CudaPlan& plan, bool aligned, const Params& params, uint32_t* counters,
+void launch_persistent(const CudaPlan& plan, const Params& params, uint32_t* counters,
                        cudaStream_t stream, KernelOf kernel_of) {
   const auto launch = [&](void (*kernel)(Params, int, int, uint32_t*)) {
     const int directions = params.directions / plan.launches;
     const dim3 grid(static_cast<unsigned>(plan.blocks / directions), directions);
     gpu::zero(counters, kBarrierWords * sizeof(uint32_t), stream);
     for (int first = 0; first < params.directions; first += directions)
-      gpu::launch_cooperative(kernel, grid, kThreads, plan.shared_bytes, stream, params, first,
-                              plan.batch_tile, counters);
+      gpu::launch_cooperative(plan.cluster, kernel, grid, kThreads, plan.shared_bytes, stream,
+                              params, first, plan.batch_tile, counters);
   };
-  const auto with_alignment = [&](auto cell, auto k_blocks) {
-    if (aligned)
-      launch(kernel_of(cell, k_blocks, std::true_type()));
-    else
-      launch(kernel_of(cell, k_blocks, std::false_type()));
-  };
-  const auto with_k_blocks = [&](auto cell) {
+  with_kernels_of(params.cell, [&](auto cell) {
     switch (compiled_blocks(plan)) {
-      case 1: return with_alignment(cell, std::integral_constant<int, 1>());
-      case 2: return with_alignment(cell, std::integral_constant<int, 2>());
-      case 4: return with_alignment(cell, std::integral_constant<int, 4>());
-      case 8: return with_alignment(cell, std::integral_constant<int, 8>());
+      case 1: return launch(kernel_of(cell, std::integral_constant<int, 1>()));
+      case 2: return launch(kernel_of(cell, std::integral_constant<int, 2>()));
+      case 4: return launch(kernel_of(cell, std::integral_constant<int, 4>()));
+      case 8: return launch(kernel_of(cell, std::integral_constant<int, 8>()));
     }
-  };
-  switch (params.cell) {
-    case Cell::lstm: return with_k_blocks(std::integral_constant<Cell, Cell::lstm>());
-    case Cell::gru: return with_k_blocks(std::integral_constant<Cell, Cell::gru>());
-    case Cell::rnn_tanh:
-    case Cell::rnn_relu: return with_k_blocks(std::integral_constant<Cell, Cell::rnn_tanh>());
-  }
+  });
 }
 
 }  // namespace rnn_fused::persistent

@@ -22,7 +22,8 @@ namespace rnn_fused::persistent {
 
 // Some hidden units of one direction, and what a step does with them besides the product: the
 // threads of a block own them and a tile of sequences. kCell: rnn_tanh stands for both RNNs.
-template <class Policy, Cell kCell, int kUnits>
+// kKWarps: of the product.
+template <class Policy, Cell kCell, int kUnits, int kKWarps>
 class ForwardUnits {
  protected:
   using T = typename Policy::T;
@@ -42,7 +43,7 @@ class ForwardUnits {
         first_unit_(block * kUnits),
         unit_(first_unit_ + Owned::unit()),
         sums_(shared),
-        bias_(shared + kWarps * tile * kPitch),
+        bias_(shared + kKWarps * tile * kPitch),
         state_(bias_ + S * kUnits) {
     if (owns() && threadIdx.x < kUnits) add_biases();
   }
@@ -52,14 +53,13 @@ class ForwardUnits {
     return state_ + state_count(kCell, false) * sequences * kUnits;
   }
 
-  // The weights [k, k + 8) of one of the block's units.
-  template <bool kAligned>
-  __device__ __forceinline__ Eight<T> load_weights(int gate, int of_block, int k) const {
+  // The weights [k, k + 8) of one of the block's units. load: load_eight.
+  template <class Load>
+  __device__ __forceinline__ Eight<T> load_weights(int gate, int of_block, int k, Load load) const {
     const int unit = first_unit_ + of_block;
     const T* const weights = static_cast<const T*>(dir_.weight_hh);
     if (unit >= p_.H) return Eight<T>();
-    return load_eight<kAligned>(weights + (gate * p_.H + unit) * p_.H + k,
-                                static_cast<int>(p_.H) - k);
+    return load(weights + (gate * p_.H + unit) * p_.H + k, static_cast<int>(p_.H) - k);
   }
 
   // c, or h of a GRU, of the sequences from `first` on.
@@ -83,9 +83,6 @@ class ForwardUnits {
     });
   }
 
-  // This warp's part of the sums.
-  __device__ float* sums_of_warp() const { return sums_ + threadIdx.x / 32 * tile_ * kPitch; }
-
   // The gates of the pass that begins with `first`, whose state is that of number `in_state`.
   // put(b, h): what else becomes of h.
   template <class Put>
@@ -98,7 +95,7 @@ class ForwardUnits {
       if ((kLstm || kGru) && is_reset(p_, border, sequence))
         *state = value_or_zero<T>(kLstm ? dir_.reset_c : dir_.reset_h, sequence * p_.H + unit_);
       float sums[G] = {};
-      add_sums(sums_, tile_, kPitch, b, Owned::unit(), sums);
+      add_sums<kKWarps>(sums_, tile_, kPitch, b, Owned::unit(), sums);
       float h;
       if constexpr (kLstm) {
         LstmGates<float> a = {x_[i][0] + bias(0) + sums[0], x_[i][1] + bias(1) + sums[1],
@@ -165,17 +162,17 @@ class ForwardUnits {
   const int tile_;
   const int first_unit_;  // of the block
   const int unit_;        // the thread's own
+  float* const sums_;     // [kKWarps, tile, kPitch]
 
  private:
-  float* const sums_;   // [kWarps, tile, kPitch]
   float* const bias_;   // [S, kUnits]
   float* const state_;  // [sequences, kUnits] c, or h of a GRU
   float x_[kOwn][G] = {};
 };
 
 template <class Policy, Cell kCell, int kBlocks, bool kAligned>
-class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks)> {
-  using Units = ForwardUnits<Policy, kCell, units_of(kBlocks)>;
+class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks), kWarps> {
+  using Units = ForwardUnits<Policy, kCell, units_of(kBlocks), kWarps>;
   using typename Units::T;
   using Units::direction_;
   using Units::p_;
@@ -187,7 +184,7 @@ class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks)> {
       : Units(p, direction, blockIdx.x, tile, shared),
         product_(static_cast<int>(p.H), this->behind_state(p.B),
                  [&](int gate, int, int unit, int k) {
-                   return this->template load_weights<kAligned>(gate, unit, k);
+                   return this->load_weights(gate, unit, k, load_eight<kAligned, T>);
                  }) {
     this->begin_state(0, p_.B);
   }
@@ -233,7 +230,7 @@ class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks)> {
                                    : static_cast<const T*>(dir.h0) + sequence * p_.H;
           return load_eight<kAligned>(row + k, static_cast<int>(p_.H) - k);
         },
-        this->sums_of_warp());
+        tile_, this->sums_);
   }
 
   const Product<Policy, units_of(kBlocks), gate_count(kCell), 1, kBlocks, kAligned> product_;
@@ -250,29 +247,21 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy
   block.run(gpu::GridBarrier(counters + direction * kBarrierStride, gridDim.x));
 }
 
-// Whether load_eight may take the rows of the caller's states and weights as aligned.
-template <class T>
-bool given_rows_aligned(const ForwardParams& params) {
-  bool aligned = true;
-  for (int d = 0; d < params.directions; ++d)
-    for (const void* matrix :
-         {params.direction[d].h0, params.direction[d].reset_h, params.direction[d].weight_hh})
-      aligned = aligned && rows_aligned<T>(matrix, params.H, params.H);
-  return aligned;
-}
-
 template <class Policy>
 void launch_forward(const CudaPlan& plan, const ForwardParams& params, uint32_t* counters,
                     cudaStream_t stream) {
   using T = typename Policy::T;
-  bool aligned = given_rows_aligned<T>(params);
-  for (int d = 0; d < params.directions; ++d)
-    aligned =
-        aligned && rows_aligned<T>(params.direction[d].output, params.output_stride, params.H);
-  launch_persistent(plan, aligned, params, counters, stream,
-                    [](auto cell, auto k_blocks, auto aligned) {
-                      return forward_kernel<Policy, cell.value, k_blocks.value, aligned.value>;
-                    });
+  bool aligned = true;
+  for (int d = 0; d < params.directions; ++d) {
+    const ForwardDirection& dir = params.direction[d];
+    aligned = aligned && rows_aligned<T>(dir.output, params.output_stride, params.H);
+    for (const void* matrix : {dir.h0, dir.reset_h, dir.weight_hh})
+      aligned = aligned && rows_aligned<T>(matrix, params.H, params.H);
+  }
+  launch_persistent(plan, params, counters, stream, [&](auto cell, auto k_blocks) {
+    return aligned ? forward_kernel<Policy, cell.value, k_blocks.value, true>
+                   : forward_kernel<Policy, cell.value, k_blocks.value, false>;
+  });
 }
 
 }  // namespace rnn_fused::persistent

@@ -6,13 +6,13 @@
 // Forward: X is h and c the gate, one group. Backward: X is the gradient of the pre-activations,
 // with the gates as groups, and one column per unit: the gradient of h.
 //
-// K is cut into runs of 32. Run j of a group belongs to warp j % kWarps, as its k-block j / kWarps,
-// and eight consecutive k of a run to a lane: lane 4 * g + t holds, for unit g, those from 8 * t
-// on (and for unit g + 8 in a block of 16), and it reads the same eight of X. So a lane reads h in
-// words of 16 bytes straight into the operand of mma, without shared memory. For mma this permutes
-// k inside a run: what stands in a fragment as k = 2t, 2t + 1, 2t + 8, 2t + 9 of the j-th m16n8k16
-// are the run's 8t + 4j to 8t + 4j + 3. A sum does not mind, as long as both operands are permuted
-// alike.
+// K is cut into runs of 32. Run j of a group belongs to warp j % kKWarps, as its k-block j /
+// kKWarps, and eight consecutive k of a run to a lane: lane 4 * g + t holds, for unit g, those from
+// 8 * t on (and for unit g + 8 in a block of 16), and it reads the same eight of X. So a lane reads
+// h in words of 16 bytes straight into the operand of mma, without shared memory. For mma this
+// permutes k inside a run: what stands in a fragment as k = 2t, 2t + 1, 2t + 8, 2t + 9 of the j-th
+// m16n8k16 are the run's 8t + 4j to 8t + 4j + 3. A sum does not mind, as long as both operands are
+// permuted alike.
 //
 // The sequences are the rows of mma, 16 at a time, and the units its columns: then three gates cost
 // no more than three, one costs one, and both passes are the same code. With the weights as rows a
@@ -45,6 +45,10 @@ struct Eight {
   }
 };
 
+__device__ __forceinline__ uint4 bits_of(float4 v) {
+  return {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)};
+}
+
 // Eight values `stride` apart, of which those from `count` on are zero and not read. From L2, since
 // another SM may have written them.
 template <class T>
@@ -74,9 +78,15 @@ __device__ __forceinline__ Eight<T> load_eight(const T* from, int count) {
   return eight;
 }
 
+// The same where that is known at run time only.
+template <class T>
+__device__ __forceinline__ Eight<T> load_eight(bool aligned, const T* from, int count) {
+  return aligned ? load_eight<true>(from, count) : load_eight<false>(from, count);
+}
+
 // Whether load_eight may take every row of a matrix [rows, H] as aligned.
 template <class T>
-bool rows_aligned(const void* first, int64_t stride, int64_t H) {
+RNN_FUSED_HD bool rows_aligned(const void* first, int64_t stride, int64_t H) {
   return reinterpret_cast<uintptr_t>(first) % 16 == 0 && stride * sizeof(T) % 16 == 0 && H % 8 == 0;
 }
 
@@ -87,9 +97,27 @@ bool rows_aligned(const void* first, int64_t stride, int64_t H) {
 // Of both kinds of mma: a lane has the sequences g and g + 8, and of the sums the units 2t, 2t + 1.
 struct MmaTile {
   static constexpr int kSequences = 16;
-  static constexpr int kRows = 2;  // of X that a lane reads
+  static constexpr int kRows = 2;    // of X that a lane reads
+  static constexpr int kOctets = 1;  // that share a call of quads()
 
   __device__ static int sequence(int lane, int r) { return lane / 4 + 8 * r; }
+
+  // For quads(): the unit whose weights a lane has for the octet.
+  __device__ static int unit(int lane, int) { return lane / 4; }
+
+  // Calls put(b, unit, sums) for four units of each sequence of the tile, one to a lane.
+  template <class Put>
+  __device__ __forceinline__ static void quads(const float (&d)[kOctets][4], Put put) {
+    const int lane = threadIdx.x % 32, t = lane % 4;
+    // Each of two lanes gives the other's sequence away.
+    const bool odd = t % 2;
+    const float2 own = odd ? make_float2(d[0][2], d[0][3]) : make_float2(d[0][0], d[0][1]);
+    const float2 given = odd ? make_float2(d[0][0], d[0][1]) : make_float2(d[0][2], d[0][3]);
+    const float2 got =
+        make_float2(__shfl_xor_sync(~0u, given.x, 1), __shfl_xor_sync(~0u, given.y, 1));
+    put(sequence(lane, odd), t / 2 * 4,
+        odd ? make_float4(got.x, got.y, own.x, own.y) : make_float4(own.x, own.y, got.x, got.y));
+  }
 
   // sums: those of the tile's first sequence. d: of units 8 * octet to 8 * octet + 7.
   template <int kColumns>
@@ -168,6 +196,7 @@ struct Ffma {
   using T = float;
   static constexpr int kSequences = 4;
   static constexpr int kRows = 4;
+  static constexpr int kOctets = 4;
   static constexpr int kMaxInFlight = 2;
 
   __device__ static int sequence(int, int r) { return r; }
@@ -185,25 +214,36 @@ struct Ffma {
         for (int b = 0; b < 4; ++b) d[c][b] += x[b].value(i) * w[c].value(i);
   }
 
+  // The four lanes' sum of the sequence of this one.
+  __device__ __forceinline__ static float add_lanes(const float (&d)[4]) {
+    // Each half of the four lanes gives the other's sequences away.
+    const int t = threadIdx.x % 4;
+    const bool high = t >= 2, odd = t % 2;
+    const float first = (high ? d[2] : d[0]) + __shfl_xor_sync(~0u, high ? d[0] : d[2], 2);
+    const float second = (high ? d[3] : d[1]) + __shfl_xor_sync(~0u, high ? d[1] : d[3], 2);
+    return (odd ? second : first) + __shfl_xor_sync(~0u, odd ? first : second, 1);
+  }
+
   template <int kColumns>
   __device__ static void store(const float (&d)[kColumns][4], int octet, int pitch, float* sums) {
     const int lane = threadIdx.x % 32, unit = 8 * octet + lane / 4, t = lane % 4;
     float total[4] = {};
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      // Each half of the four lanes gives the other's sequences away.
-      const bool high = t >= 2, odd = t % 2;
-      const float first =
-          (high ? d[c][2] : d[c][0]) + __shfl_xor_sync(~0u, high ? d[c][0] : d[c][2], 2);
-      const float second =
-          (high ? d[c][3] : d[c][1]) + __shfl_xor_sync(~0u, high ? d[c][1] : d[c][3], 2);
-      total[c] = (odd ? second : first) + __shfl_xor_sync(~0u, odd ? first : second, 1);
-    }
+    for (int c = 0; c < kColumns; ++c) total[c] = add_lanes(d[c]);
     float* const row = sums + t * pitch;
     if constexpr (kColumns == 1)
       row[unit] = total[0];
     else
       reinterpret_cast<float4*>(row)[unit] = make_float4(total[0], total[1], total[2], total[3]);
+  }
+
+  // As those of MmaTile.
+  __device__ static int unit(int lane, int octet) { return lane / 4 * 4 + octet; }
+  template <class Put>
+  __device__ __forceinline__ static void quads(const float (&d)[kOctets][4], Put put) {
+    const int lane = threadIdx.x % 32;
+    put(lane % 4, lane / 4 * 4,
+        make_float4(add_lanes(d[0]), add_lanes(d[1]), add_lanes(d[2]), add_lanes(d[3])));
   }
 };
 
@@ -217,26 +257,32 @@ constexpr int largest_divisor(int n, int limit) {
   return limit;
 }
 
-// Item i is k-block i / kGroups of group i % kGroups.
-template <class Policy, int kUnits, int kColumns, int kGroups, int kBlocks, bool kAligned>
+// Item i is k-block i / kGroups of group i % kGroups. kKWarps: the warps that divide K among them;
+// the others divide it again, for other units: where X is in shared memory, and so near.
+template <class Policy, int kUnits, int kColumns, int kGroups, int kBlocks, bool kAligned,
+          int kKWarps = kWarps>
 class Product {
   using T = typename Policy::T;
-  static constexpr int kOctets = kUnits / 8;
+  static constexpr int kOwnUnits = kUnits * kKWarps / kWarps;  // of a warp
+  static constexpr int kOctets = kOwnUnits / 8;
   static constexpr int kPitch = sum_pitch(kColumns, kUnits);
   static constexpr int kItems = kGroups * kBlocks;  // of a tile
   static constexpr int kInRegisters =
-      kGroups * register_blocks(sizeof(T), kColumns* kGroups, kBlocks);
+      kGroups * register_blocks(sizeof(T), kColumns* kGroups, kOwnUnits, kBlocks);
 
   // What a thread's registers hold besides addresses and the gates' own: weights, operands that are
   // on the way from L2 and sums of the tiles that go together, where one tile has fewer k-blocks
   // than should be on the way. Most that compiles without a spill; rows that are not aligned are
   // gathered with more addresses.
-  static constexpr int kRegisters = kOctets == 1 ? 144 : kAligned ? 160 : 136;
+  static constexpr bool kMany = kOctets > 2 && sizeof(T) == 4;  // of weights from shared memory
+  static constexpr int kRegisters = kOctets == 1 ? 144 : kAligned && !kMany ? 160 : 136;
   static constexpr int kWeights = kInRegisters * kOctets * kColumns * Eight<T>::kWords;
   static constexpr int kOperand = Policy::kRows * Eight<T>::kWords;
-  static constexpr int kInFlight = std::clamp(
-      (kRegisters - kWeights - 4 * kOctets * kColumns) / kOperand, 1, Policy::kMaxInFlight);
-  static constexpr int kTiles = std::max(1, std::min(kInFlight / kItems, 8 / kColumns));
+  static constexpr int kMaxInFlight = kKWarps == kWarps ? Policy::kMaxInFlight : 2;
+  static constexpr int kInFlight =
+      std::clamp((kRegisters - kWeights - 4 * kOctets * kColumns) / kOperand, 1, kMaxInFlight);
+  static constexpr int kTiles =
+      kOctets > 1 ? 1 : std::max(1, std::min(kInFlight / kItems, 8 / kColumns));
   static constexpr int kStepItems = kTiles * kItems;
   static constexpr int kOperands = largest_divisor(kStepItems, kInFlight);
 
@@ -253,7 +299,7 @@ class Product {
       for (int octet = 0; octet < kOctets; ++octet)
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
-          const int unit = 8 * octet + static_cast<int>(threadIdx.x) % 32 / 4;
+          const int unit = 8 * (first_octet() + octet) + static_cast<int>(threadIdx.x) % 32 / 4;
           weights[octet][c] = eight(c, i % kGroups, unit, own_k(i));
           Policy::prepare(weights[octet][c]);
         }
@@ -262,7 +308,7 @@ class Product {
     for (int i = 0; i < kInRegisters; ++i) load(i, weights_[i]);
     // Only those that the plan counts: K may end before.
 #pragma unroll 1
-    for (int i = kInRegisters; i < kItems && i / kGroups * kWarps * kRun < H; ++i) {
+    for (int i = kInRegisters; i < kItems && i / kGroups * kKWarps * kRun < H; ++i) {
       Weights weights;
       load(i, weights);
 #pragma unroll
@@ -276,10 +322,12 @@ class Product {
   }
 
   // read(b, group, k): the Eight<T> that X has from [group, k] on for sequence b < count.
-  // sums: this warp's [batch tile, kPitch], written up to `count` rounded up to kSequences.
+  // sums: [kKWarps, tile, kPitch]; what a warp writes begins at its first sequence, and ends at
+  // `count` rounded up to kSequences.
   template <class Read>
-  __device__ __forceinline__ void multiply(int count, Read read, float* sums) const {
+  __device__ __forceinline__ void multiply(int count, Read read, int tile, float* sums) const {
     constexpr int kStep = kTiles * Policy::kSequences;
+    sums += warp() % kKWarps * tile * kPitch;
     const int lane = threadIdx.x % 32;
     Eight<T> x[kOperands][Policy::kRows];
     // The first round only reads, so that the code of a read stands here once.
@@ -303,19 +351,23 @@ class Product {
       }
       if (first < 0) continue;
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const int b = first + tile * Policy::kSequences;
+      for (int i = 0; i < kTiles; ++i) {
+        const int b = first + i * Policy::kSequences;
 #pragma unroll
         for (int octet = 0; octet < kOctets; ++octet)
-          if (b < count) Policy::store(d[tile][octet], octet, kPitch, sums + b * kPitch);
+          if (b < count)
+            Policy::store(d[i][octet], first_octet() + octet, kPitch, sums + b * kPitch);
       }
     }
   }
 
  private:
+  __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
+  __device__ static int first_octet() { return warp() / kKWarps * kOctets; }
+
   // Where the run of an item begins in its group.
   __device__ static int run(int item) {
-    return (item / kGroups * kWarps + static_cast<int>(threadIdx.x) / 32) * kRun;
+    return (item / kGroups * kKWarps + warp() % kKWarps) * kRun;
   }
   __device__ static int own_k(int item) {
     return run(item) + static_cast<int>(threadIdx.x) % 4 * 8;
@@ -354,12 +406,12 @@ class Product {
 };
 
 // What all warps have summed for one unit of one sequence of the pass; always in the same order.
-// sums: [kWarps, tile, pitch]
-template <int kColumns>
+// sums: [kKWarps, tile, pitch]
+template <int kKWarps, int kColumns>
 __device__ __forceinline__ void add_sums(const float* sums, int tile, int pitch, int b, int unit,
                                          float (&total)[kColumns]) {
 #pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) {
+  for (int warp = 0; warp < kKWarps; ++warp) {
     const float* const row = sums + (warp * tile + b) * pitch;
     if constexpr (kColumns == 1) {
       total[0] += row[unit];

@@ -1,19 +1,24 @@
 #include "csrc/cuda/plan.h"
 
 #include <algorithm>
+#include <cstdio>
+
+#include "csrc/cuda/predict.h"
 
 namespace rnn_fused {
 namespace {
 
 constexpr int64_t kReservedShared = 1024;  // bytes of each block that the driver keeps
 
-// Predicted, not measured: at 64 bytes a clock an SM takes some 9 us for so many, where the two
-// launches of a stepwise step and its product, which every byte reaches but once, take as long.
-constexpr int64_t kMaxBytesOfAStep = 1 << 20;
-
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 std::string text(int64_t n) { return std::to_string(n); }
+
+std::string microseconds(double n) {
+  char digits[32];
+  std::snprintf(digits, sizeof digits, "%.1f us", n);
+  return digits;
+}
 
 CudaPlan stepwise(const std::string& why) {
   CudaPlan plan;
@@ -26,17 +31,39 @@ int64_t shared_bytes(const LayerShape& s, const CudaPlan& plan, int64_t element_
                      bool backward, int tile) {
   using namespace persistent;
   const int units = plan.units, gates = gate_count(s.cell);
-  const int64_t sums = int64_t{kWarps} * tile * sum_pitch(backward ? 1 : gates, units);
+  const int64_t pitch = sum_pitch(backward ? 1 : gates, units * plan.cluster);
+  const int64_t sums = int64_t{kWarps} * tile * pitch;
+  const int64_t parts = plan.cluster > 1 ? int64_t{2} * plan.cluster * tile * units : 0;
   const int64_t state = state_count(s.cell, backward) * s.B * units;
   const int64_t biases = backward ? 0 : saved_count(s.cell) * units;
   const int64_t weights =
       int64_t{plan.k_blocks - plan.register_blocks} * kWarps * kRun * gates * units * element_bytes;
-  return (sums + biases + state) * static_cast<int64_t>(sizeof(float)) + weights;
+  return (sums + parts + biases + state) * static_cast<int64_t>(sizeof(float)) + weights;
 }
 
-// A plan for blocks of `units` in so many launches; stepwise where the GPU has no room for it.
+// Of a block of a cluster.
+int64_t shared_bytes_of_cluster(const LayerShape& s, const CudaPlan& plan, int64_t element_bytes,
+                                bool backward) {
+  using namespace persistent;
+  const int units = plan.units, gates = gate_count(s.cell);
+  const int64_t tile = plan.batch_tile;
+  const auto rows = [&](int64_t K) { return tile * cluster_pitch(K, element_bytes); };
+  int64_t floats = state_count(s.cell, backward) * tile * units, values;
+  if (backward) {
+    floats += 2 * plan.cluster * tile * units;  // parts of dh
+    values = 2 * rows(int64_t{kRun} * plan.k_blocks);
+  } else {
+    floats += kClusterKWarps * tile * sum_pitch(gates, units) + saved_count(s.cell) * units;
+    const int64_t weights = plan.k_blocks - plan.register_blocks;
+    values = 3 * rows(s.H) + weights * kClusterBlock * gates * units;
+  }
+  return floats * static_cast<int64_t>(sizeof(float)) + values * element_bytes;
+}
+
+// A plan for blocks of `units` in so many launches, in clusters of so many blocks, which divide K
+// among them; stepwise where the GPU has no room for it.
 CudaPlan plan_persistent(const LayerShape& s, const GpuProperties& gpu, bool backward, int units,
-                         int launches) {
+                         int launches, int cluster) {
   using namespace persistent;
   const int element_bytes = s.dtype == DType::f32 ? 4 : 2;
   CudaPlan plan;
@@ -45,19 +72,23 @@ CudaPlan plan_persistent(const LayerShape& s, const GpuProperties& gpu, bool bac
   plan.warps = kWarps;
   plan.k_blocks = static_cast<int>((s.H + kWarps * kRun - 1) / (kWarps * kRun));
   const int compiled = compiled_blocks(plan);
-  plan.register_blocks =
-      std::min(plan.k_blocks, register_blocks(element_bytes, gate_count(s.cell), compiled));
+  const int gates = gate_count(s.cell);
+  plan.register_blocks = std::min(
+      plan.k_blocks, cluster > 1 ? register_blocks(element_bytes, 1, gates * units, compiled)
+                                 : register_blocks(element_bytes, gates, units, compiled));
   plan.launches = launches;
-  plan.blocks = (s.H + units - 1) / units * s.directions / launches;
+  plan.cluster = cluster;
+  plan.blocks = round_up((s.H + units - 1) / units, cluster) * s.directions / launches;
 
   // The launch bounds promise these registers, in whole warps of 8 registers a thread.
   const int64_t by_registers =
       blocks_per_sm(element_bytes, compiled) * gpu.registers_per_sm / kRegistersPerSm;
-  const int64_t needed = (plan.blocks + gpu.sm_count - 1) / gpu.sm_count;  // on an SM
+  const int64_t sms = cluster > 1 ? resident_clusters(gpu, cluster) * cluster : gpu.sm_count;
+  const int64_t needed = (plan.blocks + sms - 1) / sms;  // on an SM
   if (by_registers < needed)
     return stepwise(text(plan.blocks) + " blocks of " + text(units) +
                     " hidden units must be resident at once, registers leave room for " +
-                    text(by_registers * gpu.sm_count));
+                    text(by_registers * sms));
 
   // A large tile has fewer barriers in a step, a small one leaves room for more blocks.
   plan.batch_tile =
@@ -83,51 +114,76 @@ std::string obstacle(const LayerShape& s, const GpuProperties& gpu, int capabili
   return "";
 }
 
-}  // namespace
-
-CudaPlan plan_cluster(const LayerShape& s, const GpuProperties& gpu) {
+CudaPlan plan_cluster(const LayerShape& s, const GpuProperties& gpu, bool backward) {
   using namespace persistent;
   if (const std::string why = obstacle(s, gpu, 90); !why.empty()) return stepwise(why);
+  const int element_bytes = s.dtype == DType::f32 ? 4 : 2;
   // Of GPUs with more than 8 blocks in a cluster we know those of data centres.
-  const int64_t most = gpu.compute_capability < 110 ? 16 : 8;
-  const int64_t largest = std::min(most * kClusterUnits, kMaxClusterHidden);
+  const int64_t most = gpu.compute_capability < 110 ? kMaxCluster : 8;
+  int64_t largest = 0;
+  CudaPlan plan;
+  // Few units to a block give a sequence more SMs.
+  for (int units : kClusterUnits) {
+    if (!cluster_holds(s.cell, element_bytes, units)) continue;
+    plan.units = units;
+    largest = most * units;
+    if (s.H <= largest) break;
+  }
   if (s.H > largest)
     return stepwise("a cluster holds the weights of H up to " + text(largest) + ", got " +
                     text(s.H));
   if (s.B > kMaxSequences)
     return stepwise("a block counts sequences in 32 bits, B up to " + text(kMaxSequences) +
                     ", got " + text(s.B));
-  const int element_bytes = s.dtype == DType::f32 ? 4 : 2;
-  CudaPlan plan;
   plan.family = Family::cluster;
-  plan.units = kClusterUnits;
   plan.warps = kWarps;
-  plan.k_blocks = plan.register_blocks = plan.launches = 1;
-  plan.cluster = static_cast<int>((s.H + kClusterUnits - 1) / kClusterUnits);
-  // Few sequences a cluster where the GPU has room for all clusters at once. A cluster lies within
-  // a GPC, which has 16 SMs or a few more, and an SM has one of these blocks: predicted, not
-  // measured.
-  constexpr int kSmsOfGpc = 16;
-  const int64_t room = std::max(gpu.sm_count / kSmsOfGpc, 1) * (kSmsOfGpc / plan.cluster);
+  plan.launches = 1;
+  if (backward) {
+    plan.k_blocks = plan.register_blocks = cluster_runs(s.cell, plan.units);
+  } else {
+    plan.k_blocks = static_cast<int>((s.H + kClusterBlock - 1) / kClusterBlock);
+    plan.register_blocks =
+        std::min(plan.k_blocks, register_blocks(element_bytes, gate_count(s.cell),
+                                                plan.units * kClusterKWarps / kWarps,
+                                                cluster_k_blocks(plan.units)));
+  }
+  plan.cluster = static_cast<int>((s.H + plan.units - 1) / plan.units);
+  // Few sequences a cluster where the GPU has room for all clusters at once.
   const auto clusters = [&](int tile) { return (s.B + tile - 1) / tile * s.directions; };
-  plan.batch_tile = clusters(kMinBatchTile) <= room ? kMinBatchTile : max_batch_tile(kClusterUnits);
+  const bool few = clusters(kMinBatchTile) <= resident_clusters(gpu, plan.cluster);
+  plan.batch_tile = few ? kMinBatchTile : max_batch_tile(plan.units);
   plan.blocks = clusters(plan.batch_tile) * plan.cluster;
-  const int gates = gate_count(s.cell), tile = plan.batch_tile;
-  const int64_t floats = int64_t{kWarps} * tile * sum_pitch(gates, kClusterUnits) +
-                         saved_count(s.cell) * kClusterUnits +
-                         state_count(s.cell, false) * tile * kClusterUnits;
-  plan.shared_bytes = floats * static_cast<int64_t>(sizeof(float)) +
-                      int64_t{2} * tile * cluster_pitch(s.H, element_bytes) * element_bytes;
+  plan.shared_bytes = shared_bytes_of_cluster(s, plan, element_bytes, backward);
   if (plan.shared_bytes + kReservedShared > gpu.shared_per_block)
     return stepwise("a block of " + text(plan.shared_bytes) +
                     " bytes of shared memory must fit in " + text(gpu.shared_per_block));
   return plan;
 }
 
-CudaPlan plan_cuda(const LayerShape& s, Precision, const GpuProperties& gpu, bool backward,
-                   bool forced) {
+}  // namespace
+
+std::optional<Family> family_named(const std::string& name) {
+  for (Family family : {Family::stepwise, Family::persistent, Family::split, Family::cluster})
+    if (name == kFamilyNames[static_cast<int>(family)]) return family;
+  return {};
+}
+
+int64_t resident_clusters(const GpuProperties& gpu, int blocks) {
+  constexpr int kSmsOfGpc = 16;
+  return std::max(gpu.sm_count / kSmsOfGpc, 1) * (kSmsOfGpc / blocks);
+}
+
+CudaPlan plan_cuda(const LayerShape& s, Precision precision, const GpuProperties& gpu,
+                   bool backward, std::optional<Family> forced) {
   using namespace persistent;
-  if (const std::string why = obstacle(s, gpu, 80); !why.empty()) return stepwise(why);
+  if (forced == Family::stepwise) return {};
+  if (forced == Family::cluster) return plan_cluster(s, gpu, backward);
+  const bool split = forced == Family::split;
+  if (const std::string why = obstacle(s, gpu, split ? 90 : 80); !why.empty()) return stepwise(why);
+  if (split && gate_count(s.cell) == 1) return stepwise("one gate is nothing to divide");
+  if (split && s.H % 8 != 0)
+    return stepwise("gradients are read eight at a time, H must be a multiple of 8, got " +
+                    text(s.H));
   constexpr int64_t kMaxNarrow = int64_t{kMaxNarrowBlocks} * kWarps * kRun;
   constexpr int64_t kMaxWide = int64_t{kWideBlocks} * kWarps * kRun;
   if (s.H > kMaxWide)
@@ -138,20 +194,21 @@ CudaPlan plan_cuda(const LayerShape& s, Precision, const GpuProperties& gpu, boo
     return stepwise("a block counts sequences in 32 bits, B up to " + text(kMaxSequences) +
                     ", got " + text(s.B));
 
-  const int64_t bytes =
-      (backward ? gate_count(s.cell) : 1) * s.B * s.H * (s.dtype == DType::f32 ? 4 : 2);
-  if (bytes > kMaxBytesOfAStep && !forced)
-    return stepwise("every SM would read " + text(bytes) + " bytes each step, more than " +
-                    text(kMaxBytesOfAStep));
-
   // Narrow blocks divide the work among more SMs. Wide ones read h on fewer of them, and cost the
   // weights in shared memory a trip to the registers each step.
   CudaPlan plan;
   for (int launches = 1; launches <= s.directions; ++launches)
     for (int units : {units_of(kMaxNarrowBlocks), units_of(kWideBlocks)}) {
       if (units == units_of(kMaxNarrowBlocks) && s.H > kMaxNarrow) continue;
-      plan = plan_persistent(s, gpu, backward, units, launches);
-      if (plan.family == Family::persistent) return plan;
+      plan = plan_persistent(s, gpu, backward, units, launches,
+                             split && backward ? gate_count(s.cell) : 1);
+      if (plan.family == Family::stepwise) continue;
+      if (split) plan.family = Family::split;
+      const double cost = predict_step(s, precision, gpu, plan, backward).total();
+      const double other = predict_step(s, precision, gpu, stepwise(""), backward).total();
+      if (forced || cost <= other) return plan;
+      return stepwise("predicted " + microseconds(other) + " a step, persistent " +
+                      microseconds(cost));
     }
   return plan;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "csrc/core/params.h"
@@ -16,7 +17,10 @@ struct GpuProperties {
   int64_t shared_per_block;  // bytes, with opt-in
 };
 
-enum class Family { stepwise, persistent, cluster };
+// split: persistent, but backward the blocks of a cluster divide the gates among them.
+enum class Family { stepwise, persistent, split, cluster };
+constexpr const char* kFamilyNames[] = {"stepwise", "persistent", "split", "cluster"};
+std::optional<Family> family_named(const std::string& name);
 
 // Of float32 products; 16-bit types have but one.
 enum class Precision { exact, tf32 };
@@ -26,22 +30,24 @@ struct CudaPlan {
   // Of the persistent kernels, and of those of clusters; all 0 for the stepwise ones.
   int units = 0;             // hidden units of a block
   int warps = 0;             // of a block
-  int k_blocks = 0;          // runs of 32 of h that a warp multiplies
+  int k_blocks = 0;          // runs of 32 of h, or of gradients, that a warp multiplies
   int register_blocks = 0;   // with weights in registers; the rest have theirs in shared memory
   int batch_tile = 0;        // sequences of a pass, or of a cluster
   int launches = 0;          // 2: one direction after the other
   int64_t blocks = 0;        // of a launch
-  int cluster = 0;           // blocks of a cluster
+  int cluster = 0;           // blocks of a cluster; 1 if they are in none
   int64_t shared_bytes = 0;  // of a block
-  std::string why;           // the limit that rules out the persistent kernels; empty for those
+  std::string why;           // what rules out the others; empty for these, and if it is forced
 };
 
-// forced: persistent wherever that can run, fast or not.
+// The persistent kernels where they are predicted to be as fast as the stepwise ones, never the
+// others: no GPU has run these. forced: that family, or where it cannot run a stepwise plan.
 CudaPlan plan_cuda(const LayerShape& shape, Precision precision, const GpuProperties& gpu,
-                   bool backward, bool forced = false);
+                   bool backward, std::optional<Family> forced = {});
 
-// For the forward pass in clusters, which plan_cuda never chooses: nobody has measured them.
-CudaPlan plan_cluster(const LayerShape& shape, const GpuProperties& gpu);
+// Clusters of so many blocks, one block to an SM, that run at once. A cluster lies within a GPC,
+// which has 16 SMs or a few more: predicted, not measured.
+int64_t resident_clusters(const GpuProperties& gpu, int blocks);
 
 // What the plan and the persistent kernels agree on.
 namespace persistent {
@@ -81,30 +87,52 @@ inline int compiled_blocks(const CudaPlan& plan) {
   return kMaxNarrowBlocks;
 }
 
-// K-blocks of a kernel whose weights registers hold.
-RNN_FUSED_HD constexpr int register_blocks(int64_t element_bytes, int gates, int k_blocks) {
-  constexpr int kWeightRegisters = 96;  // of a wide kernel's thread
-  if (k_blocks <= kMaxNarrowBlocks) return k_blocks;
-  const int fit =
-      kWeightRegisters / (gates * units_of(k_blocks) / 8 * 2 * static_cast<int>(element_bytes));
+// K-blocks of a kernel whose weights registers hold: those of so many columns, gates or one, of
+// each of so many units.
+RNN_FUSED_HD constexpr int register_blocks(int64_t element_bytes, int columns, int units,
+                                           int k_blocks) {
+  constexpr int kNarrow = 4 * 8;  // gates and units of an LSTM's narrow block
+  if (k_blocks <= kMaxNarrowBlocks && columns * units <= kNarrow) return k_blocks;
+  // Registers of a thread of wide blocks; in float32 the sums of many units leave room for fewer.
+  const int weights = units > 16 && element_bytes == 4 ? 64 : 96;
+  const int fit = weights / (columns * units / 8 * 2 * static_cast<int>(element_bytes));
   return fit < 1 ? 1 : fit < k_blocks ? fit : k_blocks;
 }
 
 // Floats of one sequence among the sums that a warp leaves in shared memory: each unit has one, or
-// a float4 of up to four gates. Four more then make 16-byte accesses free of bank conflicts,
-// whether lanes are units or sequences.
+// a float4 of up to four gates. Some more make accesses free of bank conflicts, whether lanes are
+// units or sequences.
 RNN_FUSED_HD constexpr int sum_pitch(int columns, int units) {
-  return columns == 1 ? units : 4 * units + 4;
+  if (columns > 1) return 4 * units + 4;
+  return units <= 16 || units % 16 == 8 ? units : units + 8;
 }
 
-// A block of a cluster; all of h is in its shared memory, and all weights are in registers.
-constexpr int kClusterUnits = 16;
-constexpr int64_t kMaxClusterHidden = kWarps * kRun;
+// The hidden units of a block of a cluster. In blocks of 32 forward, the last weights may be in
+// shared memory; float32 has no room there for those of several gates.
+constexpr int kClusterUnits[] = {16, 32};
+constexpr int kMaxCluster = 16;
+RNN_FUSED_HD constexpr bool cluster_holds(Cell cell, int64_t element_bytes, int units) {
+  return units == 16 || element_bytes == 2 || gate_count(cell) == 1;
+}
 
-// Values between the rows of h there: 16-byte reads of eight rows, four lanes to a row, then meet
-// no bank conflict.
-RNN_FUSED_HD constexpr int cluster_pitch(int64_t H, int64_t element_bytes) {
-  const int64_t bytes = (H * element_bytes + 127) / 128 * 128 + (element_bytes == 2 ? 64 : 16);
+// Forward, so many warps of a block divide K among them.
+constexpr int kClusterKWarps = 4;
+constexpr int kClusterBlock = kClusterKWarps * kRun;  // values of h in a k-block
+
+// What a warp multiplies of a cluster that is as large as can be. Forward, k-blocks of h; backward,
+// runs of the gradients of the block's own gates, and octets of h.
+RNN_FUSED_HD constexpr int cluster_k_blocks(int units) {
+  return kMaxCluster * units / kClusterBlock;
+}
+RNN_FUSED_HD constexpr int cluster_runs(Cell cell, int units) {
+  return (gate_count(cell) * units + kRun - 1) / kRun;
+}
+RNN_FUSED_HD constexpr int cluster_octets(int units) { return kMaxCluster * units / 8 / kWarps; }
+
+// Values between rows of K in shared memory: 16-byte reads of eight rows, four lanes to a row, then
+// meet no bank conflict.
+RNN_FUSED_HD constexpr int cluster_pitch(int64_t K, int64_t element_bytes) {
+  const int64_t bytes = (K * element_bytes + 127) / 128 * 128 + (element_bytes == 2 ? 64 : 16);
   return static_cast<int>(bytes / element_bytes);
 }
 

@@ -80,14 +80,23 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cu
   launch_with(nullptr, 0, kernel, grid, block, shared_bytes, stream, args...);
 }
 
-// The same with all blocks resident at once; throws where the device has no room for them.
+inline cudaLaunchAttribute cluster_of(unsigned blocks) {
+  cudaLaunchAttribute dimension = {};
+  dimension.id = cudaLaunchAttributeClusterDimension;
+  dimension.val.clusterDim.x = blocks;
+  dimension.val.clusterDim.y = dimension.val.clusterDim.z = 1;
+  return dimension;
+}
+
+// The same with all blocks resident at once; throws where the device has no room for them. On sm_90
+// and later they may be in clusters of up to 8; elsewhere cluster is 1.
 template <class... P, class... A>
-void launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
-                        cudaStream_t stream, A&&... args) {
-  cudaLaunchAttribute cooperative = {};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
-  launch_with(&cooperative, 1, kernel, grid, block, shared_bytes, stream, args...);
+void launch_cooperative(unsigned cluster, void (*kernel)(P...), dim3 grid, dim3 block,
+                        size_t shared_bytes, cudaStream_t stream, A&&... args) {
+  cudaLaunchAttribute attributes[2] = {{}, cluster_of(cluster)};
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = 1;
+  launch_with(attributes, cluster > 1 ? 2 : 1, kernel, grid, block, shared_bytes, stream, args...);
 }
 
 // The same in clusters of so many blocks, neighbours in x, each all resident at once; one cluster
@@ -100,10 +109,7 @@ void launch_clusters(unsigned cluster, void (*kernel)(P...), dim3 grid, dim3 blo
   if (cluster > kPortable)
     CHECK_CUDA("launch", cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                               cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  cudaLaunchAttribute dimension = {};
-  dimension.id = cudaLaunchAttributeClusterDimension;
-  dimension.val.clusterDim.x = cluster;
-  dimension.val.clusterDim.y = dimension.val.clusterDim.z = 1;
+  cudaLaunchAttribute dimension = cluster_of(cluster);
   launch_with(&dimension, 1, kernel, grid, block, shared_bytes, stream, args...);
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "csrc/cuda/plan.h"
+#include "csrc/cuda/predict.h"
 #include "tests/cpp/names.h"
 
 namespace rnn_fused {
@@ -23,8 +24,13 @@ LayerShape shape(int64_t B, int64_t H, int directions = 1, Cell cell = Cell::lst
   return {cell, dtype, 100, B, H, H, directions, nullptr, nullptr};
 }
 
+// Persistent wherever that can run.
 CudaPlan plan(const LayerShape& s, const GpuProperties& gpu, bool backward = false) {
-  return plan_cuda(s, Precision::exact, gpu, backward);
+  return plan_cuda(s, Precision::exact, gpu, backward, Family::persistent);
+}
+
+CudaPlan cluster(const LayerShape& s, const GpuProperties& gpu, bool backward = false) {
+  return plan_cuda(s, Precision::exact, gpu, backward, Family::cluster);
 }
 
 bool mentions(const CudaPlan& plan, const std::string& text) {
@@ -38,7 +44,8 @@ TEST_CASE("a layer that fits has persistent kernels, in both passes") {
         for (DType dtype : {DType::f32, DType::bf16, DType::f16})
           for (Precision precision : {Precision::exact, Precision::tf32})
             for (int64_t H : {1, 8, 256, 257, 1000, 1024}) {
-              const CudaPlan p = plan_cuda(shape(32, H, 1, cell, dtype), precision, gpu, backward);
+              const CudaPlan p = plan_cuda(shape(32, H, 1, cell, dtype), precision, gpu, backward,
+                                           Family::persistent);
               CAPTURE(p.why);
               CHECK(p.family == Family::persistent);
               CHECK(p.why == "");
@@ -68,22 +75,69 @@ TEST_CASE("what the persistent kernels cannot do") {
 
 // Of these the forward pass of an RNN keeps nothing in shared memory, which sets no limit to B.
 TEST_CASE("blocks count sequences in 32 bits") {
-  const auto forced = [](int64_t B) {
-    return plan_cuda(shape(B, 1, 1, Cell::rnn_tanh), Precision::exact, kH100, false, true);
-  };
+  const auto forced = [](int64_t B) { return plan(shape(B, 1, 1, Cell::rnn_tanh), kH100); };
   CHECK(forced(int64_t{1} << 26).family == Family::persistent);
   for (int64_t B : {(int64_t{1} << 26) + 1, (int64_t{1} << 32) + 1})
     CHECK(mentions(forced(B), "in 32 bits, B up to 67108864, got " + std::to_string(B)));
 }
 
-// Forward h, backward the gradients of four gates: an SM reads 1 MiB of them at most.
-TEST_CASE("large batches of large layers are left to products") {
-  CHECK(plan(shape(512, 1024), kH100).family == Family::persistent);
-  CHECK(mentions(plan(shape(513, 1024), kH100), "would read 1050624 bytes each step"));
-  CHECK(plan(shape(128, 1024), kH100, true).family == Family::persistent);
-  CHECK(mentions(plan(shape(129, 1024), kH100, true), "would read 1056768 bytes each step"));
-  const CudaPlan forced = plan_cuda(shape(129, 1024), Precision::exact, kH100, true, true);
-  CHECK(forced.family == Family::persistent);
+double predicted(const LayerShape& s, const CudaPlan& plan, bool backward = false,
+                 const GpuProperties& gpu = kH100) {
+  return predict_step(s, Precision::exact, gpu, plan, backward).total();
+}
+
+TEST_CASE("large batches of large layers are left to products, where these are predicted faster") {
+  for (bool backward : {false, true}) {
+    bool left = false;
+    for (int64_t B = 16; B <= 512; B += 16) {
+      const LayerShape s = shape(B, 1024);
+      const CudaPlan chosen = plan_cuda(s, Precision::exact, kH100, backward);
+      const CudaPlan forced = plan(s, kH100, backward);
+      REQUIRE(forced.family == Family::persistent);
+      const bool slower = predicted(s, forced, backward) > predicted(s, {}, backward);
+      CHECK((chosen.family == Family::stepwise) == slower);
+      CHECK(slower >= left);  // from some batch on
+      left = slower;
+    }
+    CHECK(left);
+    CHECK(plan_cuda(shape(16, 1024), Precision::exact, kH100, backward).why == "");
+  }
+  const CudaPlan large = plan_cuda(shape(512, 1024), Precision::exact, kH100, false);
+  CHECK(mentions(large, "us a step, persistent "));
+}
+
+// Physics that any constants must keep.
+TEST_CASE("predictions grow with the work, and with what limits it") {
+  for (bool backward : {false, true})
+    for (Cell cell : {Cell::lstm, Cell::gru, Cell::rnn_tanh})
+      for (DType dtype : {DType::f32, DType::bf16}) {
+        double last[3] = {};
+        for (int64_t B : {1, 16, 64, 128, 1024}) {
+          const LayerShape s = shape(B, 256, 1, cell, dtype);
+          const CudaPlan plans[] = {{}, plan(s, kH100, backward), cluster(s, kH100, backward)};
+          for (int i = 0; i < 3; ++i) {
+            const StepCost cost = predict_step(s, Precision::exact, kH100, plans[i], backward);
+            for (double part : {cost.waits, cost.traffic, cost.shared, cost.maths})
+              CHECK(part >= 0);
+            CHECK(cost.total() >= last[i]);
+            last[i] = cost.total();
+          }
+          // No grid barrier, and a slice of the batch to an SM.
+          CHECK(predicted(s, plans[2], backward) < predicted(s, plans[1], backward));
+        }
+        // Twice as many clusters as there is room for take twice as long.
+        const LayerShape few = shape(256, 256, 1, cell, dtype);
+        const LayerShape many = shape(512, 256, 1, cell, dtype);
+        CHECK(predicted(many, cluster(many, kH100, backward), backward) ==
+              doctest::Approx(2 * predicted(few, cluster(few, kH100, backward), backward)));
+      }
+  // A launch after another is twice as long; both directions at once are not.
+  const LayerShape both = shape(16, 2048, 2), one = shape(16, 2048, 1);
+  CHECK(plan(both, kH100).launches == 2);
+  CHECK(predicted(both, plan(both, kH100)) ==
+        doctest::Approx(2 * predicted(one, plan(one, kH100))));
+  const LayerShape pair = shape(16, 256, 2), single = shape(16, 256, 1);
+  CHECK(predicted(pair, plan(pair, kH100)) < 1.1 * predicted(single, plan(single, kH100)));
 }
 
 // One block to an SM; two of 16-bit types for H up to 256. Where narrow blocks are too many, wide
@@ -186,35 +240,105 @@ TEST_CASE("shared memory holds the sums of a batch tile and the state of every s
 TEST_CASE("clusters hold small layers, with few sequences each where there is room for all") {
   for (Cell cell : {Cell::lstm, Cell::gru, Cell::rnn_tanh, Cell::rnn_relu})
     for (DType dtype : {DType::f32, DType::bf16, DType::f16})
-      for (int64_t H : {1, 16, 17, 250, 256})
+      for (int64_t H : {1, 16, 17, 250, 256, 257, 500, 512})
         for (int64_t B : {1, 16, 100, 128, 129, 2048})
-          for (int directions : {1, 2}) {
-            const CudaPlan p = plan_cluster(shape(B, H, directions, cell, dtype), kH100);
-            CAPTURE(p.why);
-            CHECK(p.family == Family::cluster);
-            CHECK(p.cluster == (H + 15) / 16);
-            // 132 SMs are 8 times 16 and some.
-            const int64_t of_sixteen = (B + 15) / 16 * directions;
-            CHECK(p.batch_tile == (of_sixteen <= 8 * (16 / p.cluster) ? 16 : 32));
-            const int64_t slices = (B + p.batch_tile - 1) / p.batch_tile;
-            CHECK(p.blocks == slices * directions * p.cluster);
-            CHECK(p.shared_bytes + 1024 <= kH100.shared_per_block);
-          }
-  // [8 warps, 16, 16 units * 4 gates + 4] sums, [4, 16] biases, [16, 16] c, twice h [16, 256 + 32]
-  CHECK(plan_cluster(shape(1, 256), kH100).shared_bytes ==
-        4 * (8 * 16 * 68 + 64 + 256) + 2 * 16 * 288 * 2);
+          for (int directions : {1, 2})
+            for (bool backward : {false, true}) {
+              const bool several = cell == Cell::lstm || cell == Cell::gru;
+              if (H > 256 && several && dtype == DType::f32) continue;
+              const CudaPlan p = cluster(shape(B, H, directions, cell, dtype), kH100, backward);
+              CAPTURE(p.why);
+              CHECK(p.family == Family::cluster);
+              CHECK(p.units == (H <= 256 ? 16 : 32));
+              CHECK(p.cluster == (H + p.units - 1) / p.units);
+              // 132 SMs are 8 times 16 and some.
+              const int64_t of_sixteen = (B + 15) / 16 * directions;
+              const bool few = of_sixteen <= 8 * (16 / p.cluster) || p.units == 32;
+              CHECK(p.batch_tile == (few ? 16 : 32));
+              const int64_t slices = (B + p.batch_tile - 1) / p.batch_tile;
+              CHECK(p.blocks == slices * directions * p.cluster);
+              CHECK(p.shared_bytes + 1024 <= kH100.shared_per_block);
+            }
+}
+
+TEST_CASE("what the blocks of a cluster have in shared memory") {
+  // [4 warps, 16, 16 units * 4 gates + 4] sums, [4, 16] biases, [16, 16] c, h [3, 16, 256 + 32]
+  CHECK(cluster(shape(1, 256), kH100).shared_bytes ==
+        4 * (4 * 16 * 68 + 64 + 256) + 3 * 16 * 288 * 2);
+  // [16 blocks, 16, 16 units] parts twice, dh and dc [16, 16], and gradients [16, 4 * 16 + 32]
+  // twice
+  CHECK(cluster(shape(1, 256), kH100, true).shared_bytes ==
+        4 * (2 * 16 * 256 + 2 * 256) + 2 * 16 * 96 * 2);
+  // Of the weights the last of four k-blocks of 128 values of h.
+  const CudaPlan wide = cluster(shape(1, 512), kH100);
+  CHECK(wide.k_blocks == 4);
+  CHECK(wide.register_blocks == 3);
+  CHECK(wide.shared_bytes ==
+        4 * (4 * 16 * 132 + 4 * 32 + 16 * 32) + 3 * 16 * 544 * 2 + 128 * 4 * 32 * 2);
+  CHECK(cluster(shape(1, 384), kH100).register_blocks == 3);
+  CHECK(cluster(shape(1, 512, 1, Cell::gru), kH100).register_blocks == 4);
+  // Backward the rows of the block's own units alone: runs of 32 gates' gradients.
+  CHECK(cluster(shape(1, 512), kH100, true).k_blocks == 4);
+  CHECK(cluster(shape(1, 256, 1, Cell::gru), kH100, true).k_blocks == 2);
 }
 
 TEST_CASE("what clusters cannot do") {
   LayerShape s = shape(32, 256);
   s.P = 100;
-  CHECK(mentions(plan_cluster(s, kH100), "projection, P = 100"));
-  CHECK(mentions(plan_cluster(shape(32, 256, 1, Cell::gru, DType::f64), kH100), "float64"));
-  CHECK(mentions(plan_cluster(shape(32, 256), kA100), "at least 90 is needed, got 80"));
-  CHECK(mentions(plan_cluster(shape(32, 257), kH100), "H up to 256, got 257"));
-  CHECK(mentions(plan_cluster(shape(32, 129), kRtx5090), "H up to 128, got 129"));
-  CHECK(mentions(plan_cluster(shape((1 << 26) + 1, 32), kH100), "B up to 67108864"));
-  CHECK(plan_cluster(shape(32, 128), kRtx5090).family == Family::cluster);
+  for (bool backward : {false, true}) {
+    CHECK(mentions(cluster(s, kH100, backward), "projection, P = 100"));
+    CHECK(mentions(cluster(shape(32, 256, 1, Cell::gru, DType::f64), kH100, backward), "float64"));
+    CHECK(mentions(cluster(shape(32, 256), kA100, backward), "at least 90 is needed, got 80"));
+    CHECK(mentions(cluster(shape(32, 513), kH100, backward), "H up to 512, got 513"));
+    CHECK(mentions(cluster(shape(32, 257, 1, Cell::lstm, DType::f32), kH100, backward),
+                   "H up to 256, got 257"));
+    CHECK(mentions(cluster(shape(32, 129, 1, Cell::gru, DType::f32), kRtx5090, backward),
+                   "H up to 128, got 129"));
+    CHECK(mentions(cluster(shape(32, 257), kRtx5090, backward), "H up to 256, got 257"));
+    CHECK(mentions(cluster(shape((1 << 26) + 1, 32), kH100, backward), "B up to 67108864"));
+    CHECK(cluster(shape(32, 256), kRtx5090, backward).family == Family::cluster);
+  }
+}
+
+CudaPlan split(const LayerShape& s, const GpuProperties& gpu, bool backward = true) {
+  return plan_cuda(s, Precision::exact, gpu, backward, Family::split);
+}
+
+TEST_CASE("backward the blocks of a cluster divide the gates") {
+  for (int64_t H : {8, 64, 256, 512, 768, 1024, 1536, 2048})
+    for (const auto& [cell, gates] : {std::pair{Cell::lstm, 4}, {Cell::gru, 3}})
+      for (DType dtype : {DType::f32, DType::bf16}) {
+        const LayerShape s = shape(16, H, 1, cell, dtype);
+        const CudaPlan p = split(s, kH100), forward = split(s, kH100, false);
+        if (p.family == Family::stepwise || forward.family == Family::stepwise) {
+          CHECK(H > 1024);
+          CHECK((dtype == DType::f32 || cell == Cell::gru));  // 128 blocks are no multiple of 3
+          continue;
+        }
+        CHECK(p.family == Family::split);
+        CHECK(p.cluster == gates);
+        CHECK(p.blocks % gates == 0);
+        CHECK(p.blocks * p.units >= H);
+        CHECK(p.blocks <= 120 * (p.k_blocks == 1 && dtype == DType::bf16 ? 2 : 1) + 8);
+        CHECK(p.shared_bytes <= kH100.shared_per_block);
+        CHECK(forward.family == Family::split);
+        CHECK(forward.cluster == 1);
+        CHECK(forward.shared_bytes == plan(s, kH100).shared_bytes);
+      }
+  // [8 warps, 16, 4 * 8 + 8] sums, [2, 4, 16, 8] parts, dh and dc [16, 8]
+  CHECK(split(shape(16, 256), kH100).shared_bytes ==
+        4 * (8 * 16 * 40 + 2 * 4 * 16 * 8 + 2 * 16 * 8));
+  // Of three gates 120 SMs are in clusters, 15 of each 16.
+  CHECK(split(shape(16, 960, 1, Cell::gru), kH100).units == 8);
+  CHECK(split(shape(16, 968, 1, Cell::gru), kH100).units == 16);
+  CHECK(split(shape(16, 1024), kH100).units == 8);
+  // Where the reading of gradients takes longest it is predicted to pay.
+  for (int64_t H : {512, 768, 1024})
+    CHECK(predicted(shape(64, H), split(shape(64, H), kH100), true) <
+          0.8 * predicted(shape(64, H), plan(shape(64, H), kH100, true), true));
+  CHECK(mentions(split(shape(16, 64), kA100), "at least 90 is needed, got 80"));
+  CHECK(mentions(split(shape(16, 64, 1, Cell::rnn_relu), kH100), "one gate is nothing to divide"));
+  CHECK(mentions(split(shape(16, 60), kH100), "must be a multiple of 8, got 60"));
 }
 
 TEST_CASE("the backward pass may have another plan than the forward pass") {

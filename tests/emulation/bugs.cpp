@@ -429,7 +429,7 @@ int run(void (*kernel)(Params), Launch launch, bool reverses_blocks) {
   switch (launch) {
     case Launch::ordinary: gpu::launch(kernel, kBlocks, kThreads, kShared, nullptr, p); break;
     case Launch::cooperative:
-      gpu::launch_cooperative(kernel, kBlocks, kThreads, kShared, nullptr, p);
+      gpu::launch_cooperative(1, kernel, kBlocks, kThreads, kShared, nullptr, p);
       break;
     case Launch::cluster:
       gpu::launch_clusters(kBlocks, kernel, kBlocks, kThreads, kShared, nullptr, p);

@@ -93,7 +93,7 @@ inline std::string check_persistent() {
   DeviceArray<uint32_t> counter(1);
   gpu::zero(counter.get(), counter.bytes(), nullptr);
   gpu::launch_cooperative(
-      persistent_kernel, H / kUnits, 32 * kWarps, sizeof(bf16) * B * kPitch, nullptr,
+      1, persistent_kernel, H / kUnits, 32 * kWarps, sizeof(bf16) * B * kPitch, nullptr,
       Params{device_weight.get(), device_x.get(), device_h.get(), counter.get()});
   const std::vector<bf16> got = device_h.host();
 

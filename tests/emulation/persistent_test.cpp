@@ -14,6 +14,8 @@ constexpr Host kOneThread = {nullptr, 1};
 constexpr GpuProperties kH100 = {90, 132, 65536, 233472, 232448};
 // Room for one direction of up to 304 units in wide blocks.
 constexpr GpuProperties kSmall = {90, 19, 65536, 233472, 232448};
+// With the shared memory of an H100, but no clusters of more than 8 blocks.
+constexpr GpuProperties kFewToACluster = {110, 132, 65536, 233472, 232448};
 
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 constexpr bool kSanitized = true;
@@ -34,6 +36,7 @@ struct Case : Sizes {
   Precision precision = Precision::exact;
   bool save = true;
   GpuProperties gpu = kH100;
+  Family family = Family::persistent;
 };
 
 // Of the error's norm to the result's: the same sums in another order, with TF32 of factors that
@@ -62,48 +65,17 @@ void check_close(const doctest::String& what, const Array& actual, const Array& 
 }
 
 CudaPlan plan_of(const Case& c, const LayerShape& shape, bool backward) {
-  const CudaPlan plan = plan_cuda(shape, c.precision, c.gpu, backward);
+  const CudaPlan plan = plan_cuda(shape, c.precision, c.gpu, backward, c.family);
   INFO(plan.why);
-  REQUIRE(plan.family == Family::persistent);
+  REQUIRE(plan.family == c.family);
   return plan;
-}
-
-// Forward passes, whose saved tensors any backward pass takes.
-void check_cluster(const Case& c, uint64_t seed) {
-  CAPTURE(static_cast<const Sizes&>(c));
-  CAPTURE(c.save);
-  const Layer l(c, seed);
-  Array products[2];
-  for (int d = 0; d < l.directions; ++d) products[d] = multiply_input(l, d, l.dtype);
-  const CudaPlan plan = plan_cluster(l.shape(), c.gpu);
-  INFO(plan.why);
-  REQUIRE(plan.family == Family::cluster);
-  const double tol = tolerance(c), floor = c.dtype == DType::f32 ? 0 : roundoff(c.dtype) / 8;
-  const Forward expected = run_forward(Isa::portable, l, kOneThread, c.save, products);
-  for (uint64_t order : {0, 1}) {
-    if (order == 0 && c.H > 100) continue;  // takes its time
-    CAPTURE(order);
-    emulation::set_seed(order);
-    const Forward result = run_forward(l, c.save, products, [&](const ForwardParams& params) {
-      persistent_forward(plan, c.precision, params, nullptr, nullptr);
-    });
-    check_close("output", result.output, expected.output, tol, floor);
-    for (int d = 0; d < l.directions; ++d) {
-      CAPTURE(d);
-      const Forward::Direction &a = result.direction[d], &e = expected.direction[d];
-      check_close("gates", a.gates, e.gates, tol, floor);
-      check_close("cells", a.cells, e.cells, tol, floor);
-      check_close("h_n", a.h_n, e.h_n, tol, floor);
-      check_close("c_n", a.c_n, e.c_n, tol, floor);
-    }
-  }
-  emulation::set_seed(0);
 }
 
 // Whether the emulation has room for all blocks.
 bool fits(const Case& c) {
+  if (c.family == Family::cluster) return true;  // one at a time
   const LayerShape shape = {c.cell, c.dtype, c.T, c.B, c.H, c.H, c.directions, nullptr, nullptr};
-  return plan_of(c, shape, false).blocks <= kMaxBlocks;
+  return std::max(plan_of(c, shape, false).blocks, plan_of(c, shape, true).blocks) <= kMaxBlocks;
 }
 
 void check_case(const Case& c, uint64_t seed) {
@@ -157,7 +129,7 @@ void check_case(const Case& c, uint64_t seed) {
 // With other sizes and options each time.
 void check_cells(DType dtype, Precision precision, int64_t H, std::initializer_list<Cell> cells,
                  std::initializer_list<int64_t> batches, std::initializer_list<int64_t> steps,
-                 const GpuProperties& gpu, Random& random, bool cluster) {
+                 const GpuProperties& gpu, Random& random, Family family = Family::persistent) {
   for (Cell cell : cells) {
     Case c{{cell, dtype, random.one_of(steps), random.one_of(batches)}};
     c.I = 3;
@@ -171,20 +143,18 @@ void check_cells(DType dtype, Precision precision, int64_t H, std::initializer_l
     c.precision = precision;
     c.save = random.coin();
     c.gpu = gpu;
-    if (!cluster && !fits(c)) continue;
+    c.family = family;
+    if (!fits(c)) continue;
     const uint64_t seed = random.bits();
     if (kSanitized && dtype == DType::f16 && H > 100)
       continue;  // bfloat16's code, and it takes long
-    if (cluster)
-      check_cluster(c, seed);
-    else
-      check_case(c, seed);
+    check_case(c, seed);
   }
 }
 
 void check_all(std::initializer_list<int64_t> sizes_of_h, std::initializer_list<int64_t> batches,
                std::initializer_list<int64_t> steps, uint64_t seed,
-               const GpuProperties& gpu = kH100, bool cluster = false) {
+               const GpuProperties& gpu = kH100, Family family = Family::persistent) {
   Random random(seed);
   for (int64_t H : sizes_of_h)
     for (const auto& [dtype, precision] : {std::pair{DType::bf16, Precision::exact},
@@ -192,7 +162,7 @@ void check_all(std::initializer_list<int64_t> sizes_of_h, std::initializer_list<
                                            {DType::f32, Precision::exact},
                                            {DType::f32, Precision::tf32}})
       check_cells(dtype, precision, H, {Cell::lstm, Cell::gru, Cell::rnn_tanh, Cell::rnn_relu},
-                  batches, steps, gpu, random, cluster);
+                  batches, steps, gpu, random, family);
 }
 
 TEST_CASE("persistent kernels equal the CPU core") {
@@ -209,25 +179,75 @@ TEST_CASE("persistent kernels with four k-blocks equal the CPU core") {
   check_all({776}, {3}, {2}, 6);
 }
 
+// Of cells of several gates; forward they are the persistent kernels.
+#ifndef __SANITIZE_THREAD__
+TEST_CASE("blocks that divide the gates equal the CPU core") {
+  Random random(12);
+  const auto check = [&](DType dtype, Precision precision, int64_t H,
+                         std::initializer_list<int64_t> batches, std::initializer_list<int64_t> T) {
+    check_cells(dtype, precision, H, {Cell::lstm, Cell::gru}, batches, T, kH100, random,
+                Family::split);
+  };
+  for (const auto& [dtype, precision] : {std::pair{DType::bf16, Precision::exact},
+                                         {DType::f16, Precision::exact},
+                                         {DType::f32, Precision::exact},
+                                         {DType::f32, Precision::tf32}}) {
+    for (int64_t H : {8, 40, 104}) check(dtype, precision, H, {1, 17, 70, 150}, {1, 2, 5});
+    check(dtype, precision, 264, {3, 17}, {2});
+  }
+  check(DType::bf16, Precision::exact, 776, {3}, {2});
+  check(DType::f16, Precision::exact, 1040, {3}, {2});
+  check(DType::f32, Precision::tf32, 776, {3}, {2});
+}
+#else
+TEST_CASE("blocks that divide the gates equal the CPU core") {
+  Random random(12);
+  for (int64_t batch : {1, 70})
+    check_cells(DType::bf16, Precision::exact, 40, {Cell::lstm, Cell::gru}, {batch}, {1, 3}, kH100,
+                random, Family::split);
+}
+#endif
+
+// Of 16 units to a block; on the small GPU 32 sequences to a cluster.
 #ifndef __SANITIZE_THREAD__
 TEST_CASE("clusters equal the CPU core") {
   for (uint64_t seed = 1; seed <= kRounds; ++seed) {
-    check_all({1, 7, 16, 17, 40}, {1, 3, 17, 70}, {1, 2, 3, 6}, seed, kH100, true);
-    check_all({33}, {97}, {4}, seed, kSmall, true);  // 32 sequences to a cluster
+    check_all({1, 7, 16, 17, 40}, {1, 3, 17, 70}, {1, 2, 3, 6}, seed, kH100, Family::cluster);
+    check_all({33}, {97}, {4}, seed, kSmall, Family::cluster);
   }
 }
 
 TEST_CASE("clusters of sixteen blocks equal the CPU core") {
-  check_all({250}, {kLargeBatch}, {3}, 9, kH100, true);
-  check_all({256}, {kLargeBatch}, {3}, 10, kSmall, true);  // 32 sequences to a cluster
+  check_all({250}, {kLargeBatch}, {3}, 9, kH100, Family::cluster);
+  check_all({256}, {kLargeBatch}, {3}, 10, kSmall, Family::cluster);
+}
+
+// Of several gates in 16-bit types only.
+TEST_CASE("clusters of wide blocks equal the CPU core") {
+  Random random(11);
+  for (const auto& [dtype, precision, cell] :
+       {std::tuple{DType::bf16, Precision::exact, Cell::lstm},
+        std::tuple{DType::f16, Precision::exact, Cell::lstm},
+        std::tuple{DType::bf16, Precision::exact, Cell::gru},
+        std::tuple{DType::bf16, Precision::exact, Cell::rnn_relu},
+        std::tuple{DType::f32, Precision::exact, Cell::rnn_tanh},
+        std::tuple{DType::f32, Precision::tf32, Cell::rnn_tanh}})
+    for (int64_t H : {260, 510}) {
+      check_cells(dtype, precision, H, {cell}, {17}, {3}, kH100, random, Family::cluster);
+      // Eight blocks at most.
+      check_cells(dtype, precision, H / 2, {cell}, {17}, {3}, kFewToACluster, random,
+                  Family::cluster);
+    }
 }
 #else  // some of the same, which takes minutes there
 TEST_CASE("clusters equal the CPU core") {
-  check_all({17, 40}, {1, 17}, {1, 3}, 1, kH100, true);
+  check_all({17, 40}, {1, 17}, {1, 3}, 1, kH100, Family::cluster);
   Random random(9);
   for (Cell cell : {Cell::lstm, Cell::gru})
     check_cells(DType::bf16, Precision::exact, 250, {cell}, {kLargeBatch}, {3}, kSmall, random,
-                true);
+                Family::cluster);
+  check_cells(DType::bf16, Precision::exact, 270, {Cell::lstm}, {3}, {2}, kH100, random,
+              Family::cluster);
 }
 #endif
 
@@ -240,7 +260,7 @@ TEST_CASE("wide blocks, and one direction after the other, equal the CPU core") 
 TEST_CASE("wide blocks with weights in shared memory equal the CPU core") {
   Random random(8);
   const auto check = [&](DType dtype, Precision precision, int64_t H, Cell cell) {
-    check_cells(dtype, precision, H, {cell}, {3}, {2}, kH100, random, false);
+    check_cells(dtype, precision, H, {cell}, {3}, {2}, kH100, random);
   };
   check(DType::bf16, Precision::exact, 1040, Cell::lstm);
   check(DType::f16, Precision::exact, 1042, Cell::gru);

@@ -40,10 +40,10 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cu
 }
 
 template <class... P, class... A>
-void launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
-                        cudaStream_t, A&&... args) {
+void launch_cooperative(unsigned cluster, void (*kernel)(P...), dim3 grid, dim3 block,
+                        size_t shared_bytes, cudaStream_t, A&&... args) {
   const std::tuple<P...> parameters(static_cast<P>(args)...);
-  emulation::run_grid(grid, block, shared_bytes, {.all = true},
+  emulation::run_grid(grid, block, shared_bytes, {.all = true, .cluster = cluster},
                       [&] { std::apply(kernel, parameters); });
 }
 

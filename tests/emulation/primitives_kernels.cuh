@@ -291,7 +291,8 @@ inline std::string check_acquire_release() {
   constexpr int kBlocks = 4;
   DeviceArray<uint32_t> flag(kBlocks), out(kBlocks);
   gpu::zero(flag.get(), flag.bytes(), nullptr);
-  gpu::launch_cooperative(acquire_release_kernel, kBlocks, 32, 0, nullptr, flag.get(), out.get());
+  gpu::launch_cooperative(1, acquire_release_kernel, kBlocks, 32, 0, nullptr, flag.get(),
+                          out.get());
   return differences(out.host(), [](size_t i) -> uint32_t { return (i + 1) * (i + 2) / 2; });
 }
 
@@ -314,7 +315,7 @@ inline std::string check_flagged() {
   DeviceArray<uint64_t> words(kSteps * n);
   DeviceArray<uint32_t> out(kSteps * n);
   gpu::zero(words.get(), words.bytes(), nullptr);
-  gpu::launch_cooperative(flagged_kernel, kBlocks, kThreads, 0, nullptr, words.get(), out.get(),
+  gpu::launch_cooperative(1, flagged_kernel, kBlocks, kThreads, 0, nullptr, words.get(), out.get(),
                           kSteps);
   return differences(out.host(),
                      [](size_t i) -> uint32_t { return (i + kThreads) % n * 1000 + i / n + 1; });
@@ -357,8 +358,8 @@ std::string check_grid_barrier() {
   DeviceArray<uint32_t> counters(teams), out(kSteps * kBlocks);
   DeviceArray<uint4> cells(kSteps * kBlocks);
   gpu::zero(counters.get(), counters.bytes(), nullptr);
-  gpu::launch_cooperative(grid_barrier_kernel, kBlocks, kBarrierThreads, 0, nullptr, counters.get(),
-                          cells.get(), out.get(), teams, kSteps);
+  gpu::launch_cooperative(1, grid_barrier_kernel, kBlocks, kBarrierThreads, 0, nullptr,
+                          counters.get(), cells.get(), out.get(), teams, kSteps);
   return differences(out.host(), [](size_t i) -> uint32_t {
     constexpr int kSize = kBlocks / teams;
     const int step = i / kBlocks, first = i % kBlocks / kSize * kSize;
@@ -396,12 +397,16 @@ __global__ static void cluster_barrier_kernel(uint32_t* out, int steps) {
   gpu::cluster_wait();
 }
 
-template <unsigned size>
+// cooperative: all clusters are there at once.
+template <unsigned size, bool cooperative = false>
 std::string check_cluster_barrier() {
   constexpr unsigned kBlocks = kClusters * size;
   DeviceArray<uint32_t> out(kClusterSteps * kBlocks);
-  gpu::launch_clusters(size, cluster_barrier_kernel, kBlocks, kClusterThreads, 0, nullptr,
-                       out.get(), kClusterSteps);
+  const auto launch = [&](auto... a) {
+    cooperative ? gpu::launch_cooperative(size, a...) : gpu::launch_clusters(size, a...);
+  };
+  launch(cluster_barrier_kernel, dim3(kBlocks), dim3(kClusterThreads), 0, nullptr, out.get(),
+         kClusterSteps);
   return differences(out.host(), [](size_t i) -> uint32_t {
     const uint32_t block = i % kBlocks, rank = (block + size - 1) % size;
     const uint32_t from = block / size * size + rank;
@@ -487,6 +492,8 @@ inline constexpr Case kCases[] = {
     {"GridBarrier of a part of the grid", check_grid_barrier<2>},
     {"cluster barrier, store_shared", check_cluster_barrier<2>, 90},
     {"the same in clusters of 8", check_cluster_barrier<8>, 90},
+    {"the same in a cooperative launch", check_cluster_barrier<4, true>, 90},
+    {"the same in clusters of 3", check_cluster_barrier<3, true>, 90},
     {"store_async, mbarrier", check_store_async<2>, 90},
     {"the same in clusters of 8", check_store_async<8>, 90},
 };

@@ -45,7 +45,8 @@ struct Error : std::runtime_error {
 // In which order the threads run: 0 is round robin, any other seed an order of its own.
 void set_seed(uint64_t seed);
 
-// Which blocks of a launch run at the same time: all, or so many neighbours in x, a cluster.
+// Which blocks of a launch run at the same time: all, or those of a cluster, so many neighbours in
+// x.
 struct Together {
   bool all = false;
   unsigned cluster = 1;

@@ -44,7 +44,7 @@ TEST_CASE("grids and blocks of three dimensions") {
 
 TEST_CASE("this_grid().sync() needs a cooperative launch") {
   DeviceArray<int> out(1);
-  gpu::launch_cooperative(sync_grid, 2, 1, 0, nullptr, out.get());
+  gpu::launch_cooperative(1, sync_grid, 2, 1, 0, nullptr, out.get());
   CHECK(out.host()[0] == 2);
   CHECK_THROWS_WITH_AS(gpu::launch(sync_grid, 2, 1, 0, nullptr, out.get()),
                        doctest::Contains("a grid barrier outside a cooperative launch"),

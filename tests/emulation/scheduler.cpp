@@ -64,7 +64,7 @@ struct Meeting {
   unsigned expected;
   std::vector<Fiber*> waiting;
   unsigned turn = 0;
-  char order[2];  // TSan's names for the two sets
+  char order[2] = {};  // TSan's names for the two sets
 
   char* current_order() { return &order[turn]; }
 };
@@ -109,8 +109,8 @@ SharedVariable nan_bytes(size_t size) {
 
 struct Block {
   uint3 index = {};
-  unsigned rank = 0;  // in its cluster
-  unsigned live;      // threads that have not left
+  unsigned number = 0;  // among those that run together
+  unsigned live;        // threads that have not left
   bool begun = false;
   Meeting barrier;
   std::vector<std::map<uint32_t, std::unique_ptr<Exchange>>> warps;  // by mask
@@ -211,13 +211,17 @@ class Residents {
   Fiber& self() { return *self_; }
   bool cooperative() const { return together_.all; }
   unsigned cluster_size() const { return together_.cluster; }
-  Block& block(size_t i) { return *blocks_[i]; }
+  // Of the running thread's cluster.
+  unsigned cluster_rank() const { return self_->block->number % together_.cluster; }
+  Block& of_cluster(unsigned rank) {
+    return *blocks_[self_->block->number - cluster_rank() + rank];
+  }
   void meet(Meeting& meeting, State state, Place place, bool orders_memory);
   void pause();
   void spin(Place place);
   void note_progress() { idle_ = 0; }
-  // Of all these threads: those of the grid, or of the cluster.
-  Meeting& barrier() { return barrier_; }
+  Meeting& grid_barrier() { return grid_barrier_; }
+  Meeting& cluster_barrier() { return cluster_barriers_[self_->block->number / together_.cluster]; }
 
  private:
   static void entry();
@@ -237,7 +241,8 @@ class Residents {
   std::vector<std::unique_ptr<Fiber>> fibers_;
   Stacks stacks_;
   Queue ready_;
-  Meeting barrier_;
+  Meeting grid_barrier_;
+  std::vector<Meeting> cluster_barriers_;
   Context main_;
   Fiber* self_ = nullptr;
   size_t live_;
@@ -260,13 +265,14 @@ Residents::Residents(size_t first, size_t blocks, size_t shared_bytes, Together 
       shuffled_(seed != 0),
       stacks_(blocks * volume(blockDim)),
       ready_(blocks * volume(blockDim)),
-      barrier_(blocks * volume(blockDim)),
+      grid_barrier_(blocks * volume(blockDim)),
+      cluster_barriers_(blocks / together.cluster, Meeting(together.cluster * volume(blockDim))),
       live_(blocks * volume(blockDim)) {
   const size_t threads = volume(blockDim);
   for (size_t b = 0; b < blocks; ++b) {
     blocks_.push_back(std::make_unique<Block>(threads, shared_bytes));
     blocks_[b]->index = unravel(first + b, gridDim);
-    blocks_[b]->rank = b;
+    blocks_[b]->number = b;
     for (size_t t = 0; t < threads; ++t) {
       void* const stack = stacks_[b * threads + t];
       const size_t slot = (first + b) * threads + t;
@@ -445,7 +451,7 @@ void check_aligned(const void* p, size_t alignment, Place place) {
 // The block of the cluster that has the bytes in its shared memory, and has it for others.
 Block& owner(const void* p, size_t bytes, Place place) {
   for (unsigned rank = 0; rank < residents->cluster_size(); ++rank) {
-    Block& block = residents->block(rank);
+    Block& block = residents->of_cluster(rank);
     if (!holds(block, static_cast<const unsigned char*>(p), bytes)) continue;
     if (!block.begun || block.live == 0)
       throw Error("the shared memory of a block that has ", block.begun ? "left" : "not begun",
@@ -501,7 +507,7 @@ void check_shared(const void* p, size_t bytes, size_t alignment, Place place) {
   check_aligned(p, alignment, place);
 }
 
-unsigned cluster_rank() { return residents->self().block->rank; }
+unsigned cluster_rank() { return residents->cluster_rank(); }
 
 unsigned cluster_size() { return residents->cluster_size(); }
 
@@ -510,7 +516,7 @@ unsigned char* shared_of(const void* p, unsigned rank, Place place) {
     throw Error("a cluster of ", residents->cluster_size(), " blocks has no block ", rank, ", at ",
                 place);
   const Block& own = *residents->self().block;
-  Block& other = residents->block(rank);
+  Block& other = residents->of_cluster(rank);
   const auto* const first = static_cast<const unsigned char*>(p);
   if (inside(own.dynamic_shared, first, 0))
     return other.dynamic_shared.bytes.get() + (first - own.dynamic_shared.bytes.get());
@@ -574,21 +580,21 @@ void block_barrier(Place place) {
 void grid_barrier(Place place) {
   if (!residents->cooperative())
     throw Error("a grid barrier outside a cooperative launch, at ", place);
-  residents->meet(residents->barrier(), State::in_grid, place, true);
+  residents->meet(residents->grid_barrier(), State::in_grid, place, true);
 }
 
 void cluster_arrive(Place place) {
   Fiber& fiber = residents->self();
   if (fiber.arrived) throw Error("a second arrival at the cluster's barrier, at ", place);
   fiber.arrived = true;
-  release(residents->barrier().current_order());
+  release(residents->cluster_barrier().current_order());
 }
 
 void cluster_wait(Place place) {
   Fiber& fiber = residents->self();
   if (!fiber.arrived) throw Error("a wait for the cluster without an arrival, at ", place);
   fiber.arrived = false;
-  Meeting& barrier = residents->barrier();
+  Meeting& barrier = residents->cluster_barrier();
   char* const order = barrier.current_order();
   residents->meet(barrier, State::in_cluster, place, false);
   acquire(order);

@@ -1,0 +1,218 @@
+// The backward pass of a window of timesteps in one launch, a thread-block cluster for some
+// sequences of one direction: it waits for no other.
+//
+// The blocks own hidden units as those of cluster_forward.cuh do, but divide K: each multiplies the
+// gradients of its own units' gates, which no other block needs, by their rows of W_hh in its
+// registers, and sends the sums, which are parts of dh of all units, to the blocks that own these.
+// Those add up the parts of all blocks, always in the same order. To send the gradients themselves
+// would take G / 2 times as many bytes in 16-bit types, G times in float32.
+//
+// What a step costs: one trip from SM to SM, some 180 cycles (0.1 us), the product, the gates'
+// gradients, and B * H * 4 bytes that each block sends and receives, 16 to an instruction (B = 16,
+// H = 256: 1024 of them, four a thread).
+#pragma once
+
+#include "csrc/cuda/cluster_block.cuh"
+#include "csrc/cuda/persistent_backward.cuh"
+
+namespace rnn_fused::persistent {
+
+template <class Policy, Cell kCell, int kUnits>
+class ClusterBackward : BackwardUnits<Policy, kCell, kUnits> {
+  using Units = BackwardUnits<Policy, kCell, kUnits>;
+  using typename Units::Owned;
+  using typename Units::T;
+  using Units::dir_;
+  using Units::direction_;
+  using Units::first_unit_;
+  using Units::G;
+  using Units::p_;
+  using Units::tile_;
+  static constexpr int kRuns = cluster_runs(kCell, kUnits);
+  static constexpr int kOctets = Policy::kOctets;  // of units that are multiplied at a time
+  static constexpr int kRounds = cluster_octets(kUnits) / kOctets;
+  static constexpr int kPitch = cluster_pitch(kRuns * kRun, sizeof(T));
+
+ public:
+  // first: the cluster's first sequence. shared: [plan.shared_bytes]. full: [2] mbarriers.
+  __device__ __forceinline__ ClusterBackward(const BackwardParams& p, int direction, int first,
+                                             int tile, float* shared, uint64_t* full)
+      : Units(p, direction, gpu::cluster_rank(), tile, shared, tile),
+        first_(first),
+        parts_(this->behind_state(tile)),
+        grads_(reinterpret_cast<T*>(parts_ + 2 * gpu::cluster_size() * tile * kUnits)),
+        full_(full) {
+    this->begin_state(first, count());
+    load_weights();
+    // Zeros where the product reads what is no unit's gradient: it multiplies them by zeros, and so
+    // they must be no NaN.
+    for (int i = threadIdx.x; i < 2 * tile * kPitch / kValues; i += kThreads)
+      reinterpret_cast<uint4*>(grads_)[i] = make_uint4(0, 0, 0, 0);
+  }
+
+  __device__ __forceinline__ void run() {
+    const bool down = direction_ == 0;
+    const auto step = [&](int64_t s) { return step_at(p_, down, s); };
+    const auto [begin, end] = cluster_steps(p_, down, first_, tile_, p_.steps());
+    Step now = step(begin), next = step(begin + 1);
+    if (threadIdx.x == 0 && begin < end) {
+      gpu::make_barrier(&full_[0], 1);
+      gpu::make_barrier(&full_[1], 1);
+      expect(0, now);
+    }
+    // Everybody's barriers are ready, and all of grads.
+    gpu::cluster_arrive();
+    if (begin < end) this->load_saved(now, next, first_);
+    gpu::cluster_wait();
+    // Step i sends by buffer i % 2, that buffer's (i / 2)-th transaction.
+    for (int64_t i = 0; i < end - begin; ++i) {
+      const int buffer = static_cast<int>(i % 2);
+      const bool last = begin + i + 1 == end;
+      const Step border = down ? now : next;
+      this->differentiate(now, border, first_, 0,
+                          [&](int b, int gate, T gradient) { keep(buffer, b, gate, gradient); });
+      // Before anybody sends for step i + 1: they do not before they have what this block sends
+      // below. Then all threads have also read the parts of step i - 1, which that overwrites.
+      if (threadIdx.x == 0 && !last) expect(1 - buffer, next);
+      __syncthreads();
+      multiply_and_send(buffer, rows(now));
+      const Step after = step(begin + i + 2);
+      if (!last) this->load_saved(next, after, first_);
+      gpu::wait_for_phase(&full_[buffer], i / 2 % 2);
+      this->add_product(now, border, first_, 0, [&](int b) { return sum_of_parts(buffer, b); });
+      now = next;
+      next = after;
+    }
+    this->end_state(first_, count());
+    gpu::cluster_arrive();
+    gpu::cluster_wait();
+  }
+
+ private:
+  static constexpr int kValues = 16 / sizeof(T);
+
+  __device__ int64_t count() const { return min(static_cast<int64_t>(tile_), p_.B - first_); }
+  __device__ int rows(Step step) const { return cluster_rows(step, first_, tile_); }
+
+  // The transaction that brings all blocks' parts of a step, this one's too.
+  __device__ void expect(int buffer, Step step) {
+    gpu::expect_bytes(&full_[buffer], gpu::cluster_size() * rows(step) * kUnits * sizeof(float));
+  }
+
+  // One block's part of dh.
+  __device__ float* part(int buffer, int rank, int b) const {
+    return parts_ + ((buffer * gpu::cluster_size() + rank) * tile_ + b) * kUnits;
+  }
+
+  // K is [gate, unit of the block]. Two buffers, so that a warp may come to the next step while
+  // another still multiplies.
+  __device__ T* grads_of(int buffer, int b) const { return grads_ + (buffer * tile_ + b) * kPitch; }
+  __device__ void keep(int buffer, int b, int saved_gate, T gradient) {
+#pragma unroll
+    for (int gate = 0; gate < G; ++gate)
+      if (this->saved_gate(gate) == saved_gate)
+        grads_of(buffer, b)[gate * kUnits + Owned::unit()] = gradient;
+  }
+
+  // The units of dh that the warp multiplies in a round: neighbours are other warps', so that all
+  // have some in small layers.
+  __device__ static int first_of(int round) {
+    return (round * kWarps + static_cast<int>(threadIdx.x) / 32) * 8 * kOctets;
+  }
+
+  __device__ __forceinline__ void load_weights() {
+    const T* const weights = static_cast<const T*>(dir_.weight_hh);
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+      const int k = run * kRun + lane % 4 * 8, gate = k / kUnits;
+      const int row = first_unit_ + k % kUnits;
+#pragma unroll
+      for (int round = 0; round < kRounds; ++round)
+#pragma unroll
+        for (int octet = 0; octet < kOctets; ++octet) {
+          const int unit = first_of(round) + Policy::unit(lane, octet);
+          const bool there = gate < G && unit < p_.H;
+          Eight<T>& eight = weights_[run][round][octet];
+          eight = gather_eight(weights + (gate * p_.H + row) * p_.H + unit, p_.H,
+                               there ? static_cast<int>(p_.H) - row : 0);
+          Policy::prepare(eight);
+        }
+    }
+  }
+
+  __device__ __forceinline__ void multiply_and_send(int buffer, int rows) {
+    const int lane = threadIdx.x % 32;
+    const int units = static_cast<int>(gpu::cluster_size()) * kUnits;
+    for (int first = 0; first < rows; first += Policy::kSequences) {
+      Eight<T> x[kRuns][Policy::kRows];
+#pragma unroll
+      for (int run = 0; run < kRuns; ++run)
+#pragma unroll
+        for (int r = 0; r < Policy::kRows; ++r) {
+          // Beyond the last sequence: sums that nobody sends.
+          const T* const row = grads_of(buffer, first + Policy::sequence(lane, r));
+          const uint4* const quads =
+              reinterpret_cast<const uint4*>(row + run * kRun + lane % 4 * 8);
+#pragma unroll
+          for (int q = 0; q < Eight<T>::kQuads; ++q) x[run][r].set_quad(q, quads[q]);
+        }
+#pragma unroll
+      for (int round = 0; round < kRounds; ++round) {
+        if (first_of(round) >= units) break;
+        float d[kOctets][4] = {};
+#pragma unroll
+        for (int run = 0; run < kRuns; ++run) Policy::multiply(d, x[run], weights_[run][round]);
+        Policy::quads(d, [&](int b, int unit, float4 sums) {
+          unit += first_of(round);
+          if (first + b < rows && unit < units) send(buffer, first + b, unit, sums);
+        });
+      }
+    }
+  }
+
+  // Four units of one sequence to their block.
+  __device__ __forceinline__ void send(int buffer, int b, int unit, float4 sums) {
+    const int to = unit / kUnits;
+    gpu::store_async(gpu::shared_of(part(buffer, gpu::cluster_rank(), b) + unit % kUnits, to),
+                     bits_of(sums), gpu::shared_of(&full_[buffer], to));
+  }
+
+  __device__ __forceinline__ float sum_of_parts(int buffer, int b) const {
+    float sum = 0;
+    for (int rank = 0; rank < static_cast<int>(gpu::cluster_size()); ++rank)
+      sum += part(buffer, rank, b)[Owned::unit()];
+    return sum;
+  }
+
+  const int first_;       // sequence of the cluster
+  float* const parts_;    // [2, blocks, tile, kUnits]
+  T* const grads_;        // [2, tile, kPitch]
+  uint64_t* const full_;  // [2]
+  Eight<T> weights_[kRuns][kRounds][kOctets];
+};
+
+// blockIdx: (block of units of a slice of the sequences, direction).
+template <class Policy, Cell kCell, int kUnits>
+__global__ void __launch_bounds__(kThreads, 1)
+    cluster_backward_kernel(const __grid_constant__ BackwardParams p, int tile) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  RNN_FUSED_DYNAMIC_SHARED(float, shared);
+  RNN_FUSED_SHARED(uint64_t, full, [2]);
+  const int first = blockIdx.x / gpu::cluster_size() * tile;
+  ClusterBackward<Policy, kCell, kUnits> block(p, blockIdx.y, first, tile, shared, full);
+  block.run();
+#else
+  __trap();
+#endif
+}
+
+template <class Policy>
+void launch_cluster_backward(const CudaPlan& plan, const BackwardParams& params,
+                             cudaStream_t stream) {
+  launch_cluster<Policy>(plan, params, stream, [](auto cell, auto units) {
+    return cluster_backward_kernel<Policy, cell.value, units.value>;
+  });
+}
+
+}  // namespace rnn_fused::persistent

@@ -1,0 +1,184 @@
+// The backward pass of persistent_backward.cuh, for cells of several gates, with blocks in clusters
+// of one to a gate, that divide K: each reads the gradients of its own gate alone from L2, and
+// multiplies them by the columns of all the cluster's units. The parts of dh go to the block that
+// owns the unit, through its shared memory, as in cluster_backward.cuh.
+//
+// What a step costs less: an SM reads B * H * 2 bytes instead of G times that (LSTM, B = 32, H =
+// 1024: 0.6 us instead of 2.3). What it costs more: a trip from SM to SM, G times the sums of eight
+// warps in shared memory, and a row of G * 8 of them sent to the others for each sequence (B = 32:
+// 4 KiB).
+#pragma once
+
+#include <stdexcept>
+
+#include "csrc/cuda/persistent_backward.cuh"
+
+namespace rnn_fused::persistent {
+
+template <class Policy, Cell kCell, int kBlocks>
+class SplitBackward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
+  static constexpr int kUnits = units_of(kBlocks);
+  using Units = BackwardUnits<Policy, kCell, kUnits>;
+  using typename Units::Owned;
+  using typename Units::T;
+  using Units::dir_;
+  using Units::direction_;
+  using Units::G;
+  using Units::p_;
+  using Units::tile_;
+  static constexpr int kOfCluster = G * kUnits, kPitch = sum_pitch(1, kOfCluster);
+
+ public:
+  // shared: [plan.shared_bytes]. full: [2] mbarriers.
+  __device__ __forceinline__ SplitBackward(const BackwardParams& p, int direction, int tile,
+                                           float* shared, uint64_t* full)
+      : Units(p, direction, blockIdx.x, tile, shared + (kWarps * kPitch + 2 * kOfCluster) * tile,
+              p.B),
+        sums_(shared),
+        parts_(shared + kWarps * kPitch * tile),
+        full_(full),
+        gate_(gpu::cluster_rank()),
+        product_(static_cast<int>(p.H), this->behind_state(p.B),
+                 [&](int, int, int of_cluster, int k) {
+                   const int unit = this->first_unit_ - gate_ * kUnits + of_cluster;
+                   const T* const weights = static_cast<const T*>(dir_.weight_hh);
+                   return gather_eight(weights + (gate_ * p.H + k) * p.H + unit, p.H,
+                                       unit < p.H ? static_cast<int>(p.H) - k : 0);
+                 }) {
+    this->begin_state(0, p.B);
+    if (threadIdx.x == 0) {
+      gpu::make_barrier(&full_[0], 1);
+      gpu::make_barrier(&full_[1], 1);
+    }
+  }
+
+  __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
+    const bool down = direction_ == 0;
+    const auto [begin, end] = p_.steps();
+    Step now = step_at(p_, down, begin), next = step_at(p_, down, begin + 1);
+    // Everybody's transactions can be counted.
+    gpu::cluster_arrive();
+    this->load_saved(now, next, 0);
+    gpu::cluster_wait();
+    uint32_t pass = 0;  // of all steps: it sends by buffer pass % 2, the (pass / 2)-th transaction
+    for (int64_t s = begin; s < end; ++s) {
+      const Step border = down ? now : next;
+      for (int first = 0; first < now.active; first += tile_) {
+        if (first > 0) this->load_saved(now, next, first);
+        this->differentiate(now, border, first, first, [](int, int, T) {});
+      }
+      const Step after = step_at(p_, down, s + 2);
+      barrier.arrive();
+      if (s + 1 < end) this->load_saved(next, after, 0);
+      barrier.wait();
+      for (int first = 0; first < now.active; first += tile_, ++pass) {
+        const int buffer = pass % 2, rows = pass_size(now.active, first, tile_);
+        if (first > 0) __syncthreads();  // the sums of the pass before have been sent
+        multiply(now, first, rows);
+        // All threads have also read the parts of the pass before. The others overwrite them when
+        // they have this pass's of this block.
+        __syncthreads();
+        if (threadIdx.x == 0) gpu::expect_bytes(&full_[buffer], rows * kOfCluster * sizeof(float));
+        send(buffer, rows);
+        gpu::wait_for_phase(&full_[buffer], pass / 2 % 2);
+        this->add_product(now, border, first, first,
+                          [&](int b) { return sum_of_parts(buffer, b); });
+      }
+      now = next;
+      next = after;
+    }
+    this->end_state(0, p_.B);
+    gpu::cluster_arrive();
+    gpu::cluster_wait();
+  }
+
+ private:
+  // The gradients of the block's gate times its part of W_hh^T.
+  __device__ __forceinline__ void multiply(Step now, int first, int rows) {
+    product_.multiply(
+        rows,
+        [&](int b, int, int k) {
+          const T* const row =
+              this->grad_gates(now.row + first + b) + this->saved_gate(gate_) * p_.H;
+          return load_eight<true>(row + k, static_cast<int>(p_.H) - k);
+        },
+        tile_, sums_);
+  }
+
+  // What one gate gives the gradients of the h of a block's units.
+  __device__ float* part(int buffer, int gate, int b) const {
+    return parts_ + ((buffer * G + gate) * tile_ + b) * kUnits;
+  }
+
+  // The sums of all warps, four units at a time, to the units' blocks.
+  __device__ __forceinline__ void send(int buffer, int rows) {
+    constexpr int kQuads = kOfCluster / 4;
+    for (int i = threadIdx.x; i < rows * kQuads; i += kThreads) {
+      const int b = i / kQuads, unit = i % kQuads * 4, to = unit / kUnits;
+      float4 total = {};
+#pragma unroll
+      for (int warp = 0; warp < kWarps; ++warp) {
+        const float4 sums =
+            *reinterpret_cast<const float4*>(sums_ + (warp * tile_ + b) * kPitch + unit);
+        total.x += sums.x;
+        total.y += sums.y;
+        total.z += sums.z;
+        total.w += sums.w;
+      }
+      gpu::store_async(gpu::shared_of(part(buffer, gate_, b) + unit % kUnits, to), bits_of(total),
+                       gpu::shared_of(&full_[buffer], to));
+    }
+  }
+
+  __device__ __forceinline__ float sum_of_parts(int buffer, int b) const {
+    float sum = 0;
+#pragma unroll
+    for (int gate = 0; gate < G; ++gate) sum += part(buffer, gate, b)[Owned::unit()];
+    return sum;
+  }
+
+  float* const sums_;     // [kWarps, tile, kPitch]
+  float* const parts_;    // [2, G, tile, kUnits]; behind them the state, and the weights
+  uint64_t* const full_;  // [2]
+  const int gate_;        // whose gradients the block multiplies
+  const Product<Policy, kOfCluster, 1, 1, kBlocks, true> product_;
+};
+
+// blockIdx: (block of units, direction behind the first). counters: zero, kBarrierStride apart.
+template <class Policy, Cell kCell, int kBlocks>
+__global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy::T), kBlocks))
+    split_backward_kernel(const __grid_constant__ BackwardParams p, int first_direction, int tile,
+                          uint32_t* counters) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  RNN_FUSED_DYNAMIC_SHARED(float, shared);
+  RNN_FUSED_SHARED(uint64_t, full, [2]);
+  const int direction = first_direction + blockIdx.y;
+  SplitBackward<Policy, kCell, kBlocks> block(p, direction, tile, shared, full);
+  block.run(gpu::GridBarrier(counters + direction * kBarrierStride, gridDim.x));
+#else
+  __trap();
+#endif
+}
+
+// Those that the plan has in clusters are split.
+template <class Policy>
+void launch_backward(const CudaPlan& plan, const BackwardParams& params, uint32_t* counters,
+                     cudaStream_t stream) {
+  bool aligned = true;
+  for (int d = 0; d < params.directions; ++d)
+    aligned = aligned &&
+              rows_aligned<typename Policy::T>(params.direction[d].grad_gates, params.H, params.H);
+  const bool split = plan.cluster > 1;
+  if (split && !aligned)
+    throw std::invalid_argument(
+        "[persistent] blocks that divide K need gradients of the gates in rows aligned to 16 "
+        "bytes");
+  launch_persistent(plan, params, counters, stream, [&](auto cell, auto k_blocks) {
+    if constexpr (gate_count(cell.value) > 1)
+      if (split) return split_backward_kernel<Policy, cell.value, k_blocks.value>;
+    return aligned ? backward_kernel<Policy, cell.value, k_blocks.value, true>
+                   : backward_kernel<Policy, cell.value, k_blocks.value, false>;
+  });
+}
+
+}  // namespace rnn_fused::persistent
