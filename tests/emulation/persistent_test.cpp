@@ -192,7 +192,7 @@ TEST_CASE("blocks that divide the gates equal the CPU core") {
                                          {DType::f16, Precision::exact},
                                          {DType::f32, Precision::exact},
                                          {DType::f32, Precision::tf32}}) {
-    for (int64_t H : {8, 40, 104}) check(dtype, precision, H, {1, 17, 70, 150}, {1, 2, 5});
+    for (int64_t H : {8, 40}) check(dtype, precision, H, {1, 17, 70, 150}, {1, 2, 5});
     check(dtype, precision, 264, {3, 17}, {2});
   }
   check(DType::bf16, Precision::exact, 776, {3}, {2});
@@ -211,7 +211,7 @@ TEST_CASE("blocks that divide the gates equal the CPU core") {
 // Of 16 units to a block; on the small GPU 32 sequences to a cluster.
 #ifndef __SANITIZE_THREAD__
 TEST_CASE("clusters equal the CPU core") {
-  for (uint64_t seed = 1; seed <= kRounds; ++seed) {
+  for (uint64_t seed = 1; seed <= kRounds / 2; ++seed) {
     check_all({1, 7, 16, 17, 40}, {1, 3, 17, 70}, {1, 2, 3, 6}, seed, kH100, Family::cluster);
     check_all({33}, {97}, {4}, seed, kSmall, Family::cluster);
   }

@@ -266,9 +266,11 @@ Residents::Residents(size_t first, size_t blocks, size_t shared_bytes, Together 
       stacks_(blocks * volume(blockDim)),
       ready_(blocks * volume(blockDim)),
       grid_barrier_(blocks * volume(blockDim)),
-      cluster_barriers_(blocks / together.cluster, Meeting(together.cluster * volume(blockDim))),
       live_(blocks * volume(blockDim)) {
   const size_t threads = volume(blockDim);
+  cluster_barriers_.reserve(blocks / together.cluster);  // TSan knows them by their addresses
+  for (size_t c = 0; c < blocks / together.cluster; ++c)
+    cluster_barriers_.emplace_back(together.cluster * threads);
   for (size_t b = 0; b < blocks; ++b) {
     blocks_.push_back(std::make_unique<Block>(threads, shared_bytes));
     blocks_[b]->index = unravel(first + b, gridDim);
