@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import Function, forward_ad
 
 from . import library, reference
@@ -35,13 +35,15 @@ GRADS = 4  # outputs with a gradient: output, h_n, c_n, cells
 def flatten(fields: Sequence[Sequence[Any]]) -> list[Any]:
     """LayerWeights, or anything of that form, as slots."""
     absent = [None] * len(fields[0])
-    return [*chain.from_iterable(field or absent for field in fields)]
+    slots: list[Any] = []
+    for field in fields:
+        slots += field or absent
+    return slots
 
 
 def unflatten(slots: Slots) -> LayerWeights:
     D = len(slots) // FIELDS
-    firsts = range(0, len(slots), D)
-    fields: Any = [() if slots[k] is None else tuple(slots[k : k + D]) for k in firsts]
+    fields: Any = [() if slots[k] is None else slots[k : k + D] for k in range(0, len(slots), D)]
     return LayerWeights(*fields)
 
 
@@ -151,12 +153,15 @@ def _run_backward(
     return *gradients, *grad_weights
 
 
-def apply(function: type[Function], *args: Any) -> Any:
-    """`function.apply`, without its search for default arguments, which takes as long as a small
-    layer. Compilers and torch.func's transforms have to see `Function.apply` itself."""
+def apply(function: type[Function], how: Sequence[Any], tensors: Slots) -> Any:
+    """`function.apply(*how, *tensors)`, without its search for default arguments, which takes as
+    long as a small layer. Compilers and torch.func's transforms have to see `Function.apply`
+    itself."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    return super(Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+        return function.apply(*how, *tensors)
+    # A tensor that was left over from a transform is a wrapper.
+    unwrapped = [x if x is None else unwrap_if_dead(x) for x in tensors]
+    return super(Function, function).apply(*how, *unwrapped)  # type: ignore[misc]
 
 
 def first_order(
@@ -172,17 +177,17 @@ def first_order(
         return reference_vjp(ctx.call, sizes, resets, _differentiable(grads), primals)
     needs = bool(needed[0]), any(needed[1:STATES]), any(needed[STATES:])
     differentiable = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-    saved = sizes, resets, output, gates, cells
-    args = ctx.call, *needs, *saved, *_differentiable(grads), *primals
+    how = ctx.call, *needs
+    tensors = sizes, resets, output, gates, cells, *_differentiable(grads), *primals
     if differentiable:
-        gradients = apply(LayerBackward, *args)
+        gradients = apply(LayerBackward, how, tensors)
     elif once and type(gates) is Tensor and not torch._C._len_torch_dispatch_stack():
         if gates.numel() > 0:
             # Before, so that whoever sees them later, a second try after an error too, is told.
             torch.autograd.graph.increment_version(gates)
-        gradients = _run_backward(library.layer_backward_, *args)
+        gradients = _run_backward(library.layer_backward_, *how, *tensors)
     else:
-        gradients = LayerBackward.forward(*args)
+        gradients = LayerBackward.forward(*how, *tensors)
     weights = iter(gradients[STATES:])
     slots = [None if w is None else next(weights, None) for w in primals[STATES:]]
     return [

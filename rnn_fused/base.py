@@ -7,7 +7,6 @@ D directions (2 if bidirectional), N = sum of the lengths of packed sequences.
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -64,7 +63,7 @@ class FusedRNNBase(RNNBase):
         for name, option in options.items():
             setattr(self, name, option)
         if self.learn_initial_state:
-            weight = self._layer_weights(0).weight_hh[0]
+            weight = self._weights_by_layer()[0].weight_hh[0]
             for name, (rows, _, width) in zip(INITIAL_STATES, self._state_sizes(1), strict=False):
                 setattr(self, name, nn.Parameter(weight.new_zeros(rows, width)))
 
@@ -98,42 +97,32 @@ class FusedRNNBase(RNNBase):
             raise ValueError(f"{type(self).__name__}: reset_state needs resets, got none")
         if lengths is not None:
             self._check_padded(input)
-        packed = isinstance(input, PackedSequence)
-        batched = isinstance(input, PackedSequence) or input.dim() == 3
-        states = self._read_state(hx, packed, batched)
-        reset_states = self._read_state(reset_state, packed, batched, "reset_state")
-        rows = None if resets is None else self._read_resets(resets, input)
+        packed, rank = (True, 3) if isinstance(input, PackedSequence) else (False, input.dim())
+        if rank not in (2, 3):
+            name = type(self).__name__
+            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {rank}D instead")
+        states = None if hx is None else self._read_state(hx, packed, rank)
+        rows = reset_states = None
+        if resets is not None:
+            if reset_state is not None:
+                reset_states = self._read_state(reset_state, packed, rank, "reset_state")
+            rows = self._read_resets(resets, input)
         if isinstance(input, PackedSequence):
             output, states, layers = self._run_packed(
                 input, states, rows, reset_states, return_all_states
             )
-        elif input.dim() == 2:
-            self._check_state_rank(states, 2)
-            self._check_state_rank(reset_states, 2, "reset_state")
-            states, reset_states = (
-                None if given is None else tuple(state.unsqueeze(1) for state in given)
-                for given in (states, reset_states)
+        elif lengths is not None:
+            output, states, layers = self._run_padded(
+                input, lengths, states, rows, reset_states, return_all_states
             )
-            output, states, layers = self._run(
-                input.unsqueeze(1), states, 1, None, rows, reset_states, return_all_states
-            )
-            states = tuple(state.squeeze(1) for state in states)
-        elif input.dim() == 3:
-            self._check_state_rank(states, 3)
-            self._check_state_rank(reset_states, 3, "reset_state")
-            sequence = self._time_first(input)
-            if lengths is not None:
-                output, states, layers = self._run_padded(
-                    input, lengths, states, rows, reset_states, return_all_states
-                )
-            else:
-                output, states, layers = self._run(
-                    sequence, states, sequence.size(1), None, rows, reset_states, return_all_states
-                )
         else:
-            name = type(self).__name__
-            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D instead")
-        if self.batch_first_states and batched:
+            sequence = input.unsqueeze(1) if rank == 2 else self._time_first(input)
+            output, states, layers = self._run(
+                sequence, states, sequence.size(1), None, rows, reset_states, return_all_states
+            )
+        if rank == 2:
+            states = tuple(state.squeeze(1) for state in states)
+        elif self.batch_first_states:
             states = tuple(state.transpose(0, 1) for state in states)
         result = self._in_form_of(input, output), self._join_state(states)
         if not return_all_states:
@@ -152,15 +141,16 @@ class FusedRNNBase(RNNBase):
         return sequence.transpose(0, 1) if self.batch_first else sequence
 
     def _read_state(
-        self, hx: Hidden | None, packed: bool, batched: bool, what: str = "hx"
-    ) -> tuple[Tensor, ...] | None:
-        """As (h,) or (h, c), not with the batch first. `packed`, `batched`: how the input comes."""
-        if hx is None:
-            return None
+        self, hx: Hidden, packed: bool, rank: int, what: str = "hx"
+    ) -> tuple[Tensor, ...]:
+        """As (h,) or (h, c), [L*D, B, ...]. rank: of an input with as many sequences, 2 of one."""
         states = self._split_state(hx, packed, what)
-        if self.batch_first_states and batched:
-            self._check_state_rank(states, 3, what)
-            states = tuple(state.transpose(0, 1) for state in states)
+        if not packed or self.batch_first_states:
+            self._check_state_rank(states, rank, what)
+        if rank == 2:
+            return tuple(state.unsqueeze(1) for state in states)
+        if self.batch_first_states:
+            return tuple(state.transpose(0, 1) for state in states)
         return states
 
     def _read_resets(
@@ -379,16 +369,17 @@ class FusedRNNBase(RNNBase):
                 )
                 return output, last, []
             weights = self._weights_by_layer()
-        initial = _by_layer(states, len(weights))
-        after_reset = _by_layer(reset_states, len(weights))
+        absent = [(None, None)] * len(weights)
+        initial = absent if states is None else _by_layer(states, len(weights))
+        after_reset = absent if reset_states is None else _by_layer(reset_states, len(weights))
         final: list[tuple[Tensor, ...]] = []
         layers: list[tuple[Tensor, ...]] = []
         for layer, layer_weights in enumerate(weights):
-            if layer > 0:
-                sequence = F.dropout(sequence, self.dropout, self.training)
+            if layer > 0 and self.training and self.dropout > 0:
+                sequence = F.dropout(sequence, self.dropout)
             hx, cx = initial[layer]
             reset_hx, reset_cx = after_reset[layer]
-            sequence, h_n, c_n, cells = ops.layer(
+            sequence, h_n, c_n, cells = ops.run_layer(
                 sequence,
                 hx,
                 cx,
@@ -414,20 +405,21 @@ class FusedRNNBase(RNNBase):
         return CellOptions(self.gate_slope, self.cell_clip, self.grad_clip_value)
 
     def _weights_by_layer(self) -> list[LayerWeights]:
-        return [self._layer_weights(layer) for layer in range(self.num_layers)]
-
-    def _layer_weights(self, layer: int) -> LayerWeights:
-        # A compiler traces the function itself, and warns of a cache.
-        find = _weight_names if torch.compiler.is_compiling() else _cached_weight_names
-        names = find(layer, self.bidirectional, self.bias, self.proj_size > 0)
+        names = self._flat_weights_names  # layer by layer, direction by direction, as in torch.nn
         # By attribute, but looked for first where it mostly is: `getattr` looks there last.
         here: dict[str, Any] = {} if torch.compiler.is_compiling() else self._parameters
-        return LayerWeights(
-            *[
-                tuple([here[name] if name in here else getattr(self, name) for name in field])
-                for field in names
-            ]
-        )
+        flat = [here[name] if name in here else getattr(self, name) for name in names]
+        size = len(flat) // self.num_layers
+        layers = []
+        for first in range(0, len(flat), size):
+            layer = flat[first : first + size]
+            fields: list[Any] = [(weight,) for weight in layer]
+            if self.bidirectional:
+                fields = [*zip(layer[: size // 2], layer[size // 2 :], strict=True)]
+            if not self.bias:
+                fields[2:2] = (), ()
+            layers.append(LayerWeights(*fields))
+        return layers
 
     def _initial_states(self, sequence: Tensor, batch: int) -> tuple[Tensor, ...]:
         """The states where none are given: the learned ones, else zeros."""
@@ -448,11 +440,13 @@ class FusedRNNBase(RNNBase):
         return states[0]
 
     def _state_sizes(self, batch: int) -> tuple[tuple[int, int, int], ...]:
+        """Of h, and of the c of an LSTM."""
         count = self.num_layers * (2 if self.bidirectional else 1)
-        return ((count, batch, self.proj_size or self.hidden_size),)
+        h = count, batch, self.proj_size or self.hidden_size
+        return (h, (count, batch, self.hidden_size)) if self.mode == "LSTM" else (h,)
 
     def _check_sequence(self, sequence: Tensor, batch_sizes: Tensor | None, weight: Tensor) -> None:
-        packed = batch_sizes is not None
+        packed, shape = batch_sizes is not None, sequence.shape
         if sequence.device != weight.device:
             raise RuntimeError(
                 "Input and parameter tensors are not at the same device, found input tensor at "
@@ -467,20 +461,18 @@ class FusedRNNBase(RNNBase):
                 f"or convert model: model.to({sequence.dtype})"
             )
         rank = 2 if packed else 3
-        if sequence.dim() != rank:
-            raise RuntimeError(f"input must have {rank} dimensions, got {sequence.dim()}")
-        if sequence.size(-1) != self.input_size:
+        if len(shape) != rank:
+            raise RuntimeError(f"input must have {rank} dimensions, got {len(shape)}")
+        if shape[-1] != self.input_size:
             raise RuntimeError(
                 "input.size(-1) must be equal to input_size. "
-                f"Expected {self.input_size}, got {sequence.size(-1)}"
+                f"Expected {self.input_size}, got {shape[-1]}"
             )
-        if not packed and sequence.size(0) == 0:
+        if not packed and shape[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN, got 0")
 
-    def _check_state_rank(
-        self, states: tuple[Tensor, ...] | None, rank: int, what: str = "hx"
-    ) -> None:
-        if states is None or all(state.dim() == rank for state in states):
+    def _check_state_rank(self, states: tuple[Tensor, ...], rank: int, what: str = "hx") -> None:
+        if {state.dim() for state in states} == {rank}:
             return
         batched = "batched" if rank == 3 else "unbatched"
         name = "hx and cx" if what == "hx" and len(states) == 2 else what
@@ -495,10 +487,10 @@ class FusedRNNBase(RNNBase):
         batch: int,
         what: str = "hidden",
     ) -> None:
-        for index, (state, size) in enumerate(zip(states, self._state_sizes(batch), strict=True)):
-            if state.size() != size:
+        for index, size in enumerate(self._state_sizes(batch)):
+            if states[index].shape != size:
                 name = what if len(states) == 1 else f"{what}[{index}]"
-                got = list(state.size())
+                got = list(states[index].shape)
                 if self.batch_first_states:
                     size, got = (size[1], size[0], size[2]), [got[1], got[0], got[2]]
                 raise RuntimeError(f"Expected {name} size {size}, got {got}")
@@ -528,24 +520,10 @@ def _check_options(options: dict[str, Any], mode: str, batch_first: bool) -> Non
         raise ValueError(f"save must be 'gates' or 'recompute', got {options['save']!r}")
 
 
-def _by_layer(states: tuple[Tensor, ...] | None, layers: int) -> list[Any]:
-    """(hx, cx) of each layer, None where absent; states: of all layers."""
-    if states is None:
-        return [(None, None)] * layers
-    parts = [(state,) if layers == 1 else state.chunk(layers) for state in states]
-    return [*zip(parts[0], parts[1] if len(parts) == 2 else [None] * layers, strict=True)]
-
-
-def _weight_names(
-    layer: int, bidirectional: bool, bias: bool, projected: bool
-) -> tuple[tuple[str, ...], ...]:
-    """The attributes that hold one layer's weights, in the form of LayerWeights."""
-    present = (True, True, bias, bias, projected)
-    directions = ("", "_reverse") if bidirectional else ("",)
-    return tuple(
-        tuple(f"{kind}_l{layer}{direction}" for direction in directions) if there else ()
-        for kind, there in zip(LayerWeights._fields, present, strict=True)
-    )
-
-
-_cached_weight_names = cache(_weight_names)
+def _by_layer(states: tuple[Tensor, ...], layers: int) -> list[Any]:
+    """(hx, cx) of each layer, cx None where absent; states: of all layers."""
+    h, c, *_ = *states, None
+    if layers == 1:
+        return [(h, c)]
+    cs = [None] * layers if c is None else c.chunk(layers)
+    return [*zip(h.chunk(layers), cs, strict=True)]

@@ -71,7 +71,7 @@ class FusedCellBase(RNNCellBase):
     ) -> tuple[Tensor, ...]:
         # A layer of one direction over one step: T = D = 1. The kernels want H > 0, torch.nn's
         # cells do not.
-        layer = ops.layer if self.hidden_size > 0 else reference.layer
+        layer = ops.run_layer if self.hidden_size > 0 else reference.layer
         hx, cx, *_ = (*(state.unsqueeze(0) for state in states), None, None)
         _, h_n, c_n, _ = layer(input.unsqueeze(0), hx, cx, weights, cell=cell)
         return tuple(state.squeeze(0) for state in (h_n, c_n) if state is not None)

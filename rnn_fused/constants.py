@@ -1,14 +1,13 @@
-"""What compiled graphs take as constants. A compiler imports this while it traces, since marking
-functions imports the compiler: see `families._constant`."""
+"""What compiled graphs take as constants: of `families`, what asks the device or torch's settings,
+which a compiler cannot trace.
 
-from collections.abc import Callable
-from typing import Any
+Only for what a compiler traces: to mark a function imports the whole compiler, a second.
+"""
 
 import torch
 
 from . import families
 
-_ASKED: tuple[Any, ...] = (families.has_kernels, families.allows_tf32, families.allows_split)
-CONSTANT: dict[str, Callable[..., bool]] = {
-    ask.__name__: torch.compiler.assume_constant_result(ask.__wrapped__) for ask in _ASKED
-}
+has_kernels = torch.compiler.assume_constant_result(families.has_kernels)
+allows_tf32 = torch.compiler.assume_constant_result(families.allows_tf32)
+allows_split = torch.compiler.assume_constant_result(families.allows_split)

@@ -132,15 +132,10 @@ def _enter(
 
     The states are leaves that ask for gradients, so that every h_t does, whatever is frozen.
     """
-    sequence = input.detach()
-    states = module._read_state(hx, packed=False, batched=input.dim() == 3)
-    module._check_state_rank(states, input.dim())
-    if input.dim() == 2:
-        sequence = sequence.unsqueeze(1)
-        states = states and tuple(state.unsqueeze(1) for state in states)
-    else:
-        sequence = sequence.transpose(0, 1) if module.batch_first else sequence
-    module._check_sequence(sequence, None, module._layer_weights(0).weight_ih[0])
+    sequence, rank = input.detach(), input.dim()
+    states = None if hx is None else module._read_state(hx, packed=False, rank=rank)
+    sequence = sequence.unsqueeze(1) if rank == 2 else module._time_first(sequence)
+    module._check_sequence(sequence, None, module._weights_by_layer()[0].weight_ih[0])
     batch = sequence.size(1)
     if states is None:
         states = module._initial_states(sequence, batch)
@@ -159,7 +154,7 @@ def _walk(
     for layer in range(module.num_layers):
         if layer > 0:
             sequence = F.dropout(sequence, module.dropout, module.training)
-        weights = module._layer_weights(layer)
+        weights = module._weights_by_layer()[layer]
         outputs = []
         for d in range(len(weights.weight_ih)):
             row = len(final)

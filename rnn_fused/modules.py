@@ -136,10 +136,6 @@ class LSTM(FusedRNNBase):
         h_n, c_n = states
         return h_n, c_n
 
-    def _state_sizes(self, batch: int) -> tuple[tuple[int, int, int], ...]:
-        (h_size,) = super()._state_sizes(batch)
-        return h_size, (*h_size[:2], self.hidden_size)
-
 
 class GRU(FusedRNNBase):
     """Gated recurrent unit layers, as `torch.nn.GRU`, run by fused kernels.

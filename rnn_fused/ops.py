@@ -79,7 +79,39 @@ def layer(
     if (reset_cx is not None) != wants_reset_cx:
         rule = "given with reset_hx" if wants_reset_cx else "absent"
         raise RuntimeError(f"[{cell}] reset_cx must be {rule}")
-    device = input.device.type
+    outputs = run_layer(
+        *(input, hx, cx, weights),
+        cell=cell,
+        batch_sizes=batch_sizes,
+        lengths=lengths,
+        resets=resets,
+        reset_hx=reset_hx,
+        reset_cx=reset_cx,
+        options=options,
+        all_cells=all_cells,
+        recompute=recompute,
+    )
+    return LayerOutputs(*outputs)
+
+
+def run_layer(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: LayerWeights,
+    *,
+    cell: str,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_hx: Tensor | None = None,
+    reset_cx: Tensor | None = None,
+    options: CellOptions = PLAIN,
+    all_cells: bool = False,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`layer` without its checks, for modules, whose arguments go together."""
+    device = "cpu" if input.is_cpu else input.device.type  # the latter takes a microsecond
     if device != "meta" and torch.is_autocast_enabled(device):
         primals = input, hx, cx, reset_hx, reset_cx
         input, hx, cx, reset_hx, reset_cx, weights = _autocast(device, primals, weights)
@@ -97,17 +129,20 @@ def layer(
             options=options,
             all_cells=all_cells,
         )
-    if not families.has_kernels(device, input.device.index):
+    ask: Any = families
+    if compiling:  # to import it in eager mode takes a second
+        from . import constants as ask
+    if not ask.has_kernels(device, input.device.index):
         _warn_unfused(device)
         if wanted := _extras(batch_sizes, resets, options, all_cells, recompute):
             raise RuntimeError(f"[{cell}] {wanted}: rnn_fused has no kernels for {device} tensors")
         return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
     kernels, allow_tf32 = "auto", False
     if device == "cpu":
-        allow_tf32 = input.dtype == torch.float32 and families.allows_split()
+        allow_tf32 = input.dtype == torch.float32 and ask.allows_split()
     elif device == "cuda":
         kernels = families.forced()
-        allow_tf32 = input.dtype == torch.float32 and families.allows_tf32()
+        allow_tf32 = input.dtype == torch.float32 and ask.allows_tf32()
         if kernels == "cudnn":
             if not transformed:
                 if wanted := _extras(batch_sizes, resets, options, all_cells, recompute):
@@ -121,9 +156,8 @@ def layer(
     save = training and not recompute, training or all_cells
     if transformed or (training and not compiling):
         call = library.Call(cell, options, kernels, allow_tf32)
-        output, h_n, c_n, _, cells = apply(
-            LayerForward, call, *save, sizes, resets, *primals, *flatten(weights)
-        )
+        tensors = sizes, resets, *primals, *flatten(weights)
+        output, h_n, c_n, _, cells = apply(LayerForward, (call, *save), tensors)
     else:
         how = cell, *options, kernels, allow_tf32, *save
         arguments = *primals, *weights, sizes, resets, *how
@@ -132,14 +166,14 @@ def layer(
         else:
             output, h_n, c_n, _, cells = library.run(library.layer_forward, *arguments)
     if cell != "lstm":
-        return LayerOutputs(output, h_n, None, None)
+        return output, h_n, None, None
     if not all_cells:
-        return LayerOutputs(output, h_n, c_n, None)
+        return output, h_n, c_n, None
     cells = join_directions(cells, input, sizes)
     if lengths is not None:
         T, B = input.shape[:2]
         cells = ragged(lengths, input).unpack(F.pad(cells, (0, 0, 0, T * B - len(cells))))
-    return LayerOutputs(output, h_n, c_n, cells)
+    return output, h_n, c_n, cells
 
 
 def pack_weights(weights: LayerWeights, cell: str) -> Tensor:
@@ -233,9 +267,11 @@ def _extras(
 
 
 def _requires_grad(primals: tuple[Tensor | None, ...], weights: LayerWeights) -> bool:
-    return any(w.requires_grad for field in weights for w in field) or any(
-        x is not None and x.requires_grad for x in primals
-    )
+    for field in weights:
+        for weight in field:
+            if weight.requires_grad:
+                return True
+    return any(x is not None and x.requires_grad for x in primals)
 
 
 def _autocast(
@@ -257,7 +293,7 @@ def _torch_layer(
     weights: LayerWeights,
     cell: str,
     batch_sizes: Tensor | None,
-) -> LayerOutputs:
+) -> tuple[Tensor, Tensor, Tensor | None, None]:
     """torch's own op: cuDNN's, or for the devices that have no fused kernels."""
     if hx is None:
         hx, cx, *_ = (*reference.zero_states(input, weights, cell), None)
@@ -272,7 +308,7 @@ def _torch_layer(
         output, h_n, *c_n = op(input, state, flat, *options, False)  # not batch_first
     else:
         output, h_n, *c_n = op(input, batch_sizes, state, flat, *options)
-    return LayerOutputs(output, h_n, c_n[0] if c_n else None, None)
+    return output, h_n, c_n[0] if c_n else None, None
 
 
 @cache

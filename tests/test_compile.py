@@ -198,5 +198,8 @@ def test_opcheck_of_the_backward(
 
 def test_the_compiler_is_not_imported_before_it_is_wanted() -> None:
     """It takes a second."""
-    code = "import sys, rnn_fused; sys.exit('torch._dynamo' in sys.modules)"
+    code = (
+        "import sys, torch, rnn_fused; rnn_fused.GRU(2, 3)(torch.ones(1, 1, 2));"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -48,7 +48,7 @@ def perturbed(
     T, rows, final = x.size(0), states[0].size(0), []
     added = torch.zeros(rows, T, *states[0].shape[1:], dtype=x.dtype, requires_grad=True)
     for layer in range(module.num_layers):
-        weights, outputs = module._layer_weights(layer), []
+        weights, outputs = module._weights_by_layer()[layer], []
         for d in range(rows // module.num_layers):
             row, h_of = len(final), {}
             step = reference.STEPS[module.mode.lower()]

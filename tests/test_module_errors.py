@@ -175,6 +175,21 @@ def test_state_rank(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYER_NAMES)
+def test_of_several_mistakes_the_first_is_reported(name: str) -> None:
+    """The rank of the input, the state's, the input's sizes, the state's."""
+    x, deep = torch.randn(T, B, INPUT + 1), torch.randn(1, T, B, INPUT)
+    flat, wide = state(name, B, HIDDEN), state(name, 1, B, HIDDEN + 1)
+    mistakes = [
+        (deep, flat, "2D or 3D, got 4D"),
+        (x, flat, "be 3-D but got 2-D"),
+        (x, wide, f"Expected {INPUT}, got {INPUT + 1}"),
+        (x[..., :INPUT], wide, f"got [1, {B}, {HIDDEN + 1}]"),
+    ]
+    for input, hx, message in mistakes:
+        check(lambda library, x=input, hx=hx: getattr(library, name)(INPUT, HIDDEN)(x, hx), message)
+
+
+@pytest.mark.parametrize("name", LAYER_NAMES)
 @pytest.mark.parametrize("enforce_sorted", [True, False])
 def test_state_for_a_smaller_packed_batch(name: str, enforce_sorted: bool) -> None:
     hx = state(name, 1, B - 1, HIDDEN)
