@@ -8,6 +8,7 @@ from itertools import product
 
 import torch
 
+from .predicted import predicted_ms
 from .problems import Problem
 from .providers import APART, SLOW, obstacle
 from .records import Row, make_row
@@ -103,6 +104,7 @@ def compare(
             *(SECTION, name, case, timing, ratios[name]),
             share=shares[name],
             recurrence_ms=None if product_ms is None else timing.median * 1e3 - product_ms,
+            predicted_ms=predicted_ms(case, name),
             peak_mb=peak_mb(admitted.workloads[name], case.device),
         )
         for name, timing in times.items()

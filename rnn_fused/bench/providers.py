@@ -14,7 +14,8 @@ from .jax_layer import JaxLayer
 from .onnx_layer import OnnxRuntimeLayer
 from .problems import Problem
 
-FAMILIES = ("stepwise", "persistent", "cluster", "cudnn")  # of CUDA kernels, beside the plan's
+# Of CUDA kernels, beside the plan's.
+FAMILIES = ("stepwise", "persistent", "split", "cluster", "cudnn")
 # Other libraries, by the device on which they are compared, and the modules they are.
 PEERS = {"cpu": ("onnxruntime", "jax"), "cuda": ("flashrnn", "haste", "torchrl")}
 OTHERS = tuple(name for names in PEERS.values() for name in names)

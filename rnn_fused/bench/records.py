@@ -69,6 +69,7 @@ class Row:
     peak_mb: float | None = (
         None  # most memory that a call takes beyond its arguments, in 10^6 bytes
     )
+    predicted_ms: float | None = None  # the plan's, of the timestep loops alone: `predicted`
     share: float | None = None  # gflops over those of a large product of torch's, in turns with it
     directions: int = 1
 

@@ -24,7 +24,7 @@ from .records import Environment, Row
 COLUMNS = (
     "section", "provider", "cell", "T", "B", "I", "H", "layers", "directions", "layout", "dtype",
     "pass", "p20 ms", "p50 ms", "p80 ms", "ratio", "GFLOP/s", "share", "us a step",
-    "recurrence ms", "peak MB", "repeats", "calls",
+    "recurrence ms", "predicted ms", "peak MB", "repeats", "calls",
 )  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def table(rows: Sequence[Row]) -> dict[str, Any]:
             short(r.p20_ms), short(r.p50_ms), short(r.p80_ms),
             "" if r.ratio is None else times(r.ratio),
             short(r.gflops), optional(r.share), short(r.us_per_step), optional(r.recurrence_ms),
-            optional(r.peak_mb), str(r.repeats), str(r.calls),
+            optional(r.predicted_ms), optional(r.peak_mb), str(r.repeats), str(r.calls),
         )
         for r in rows
     ]  # fmt: skip
