@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -76,6 +77,24 @@ def test_families_agree(cell: str, dtype: torch.dtype, plain: bool) -> None:
         for a, b in zip(persistent, other, strict=True):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     assert all(torch.equal(a, b) for a, b in zip(auto, persistent, strict=True))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_each_family_has_a_backward_pass_of_its_own(cell: str) -> None:
+    """Which adds up in an order of its own: as close as they are, no two have the same bits."""
+    args = arguments(cell, torch.float32, H=72)
+    output, _, _, gates, cells = library.layer_forward(*args, *Call(cell).arguments, True, True)
+    grads = torch.ones_like(output), None, None, None
+    found = {
+        family: library.layer_backward(
+            *(*grads, *args, *Call(cell, kernels=family).arguments, output, gates, cells),
+            *(True, True, True),
+        )[0]
+        for family in ("stepwise", "persistent", "split", "cluster")
+    }
+    for (a, x), (b, y) in combinations(found.items(), 2):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(x, y), f"{a} and {b} are one"
 
 
 @pytest.mark.parametrize("kernels", ["persistent", "stepwise", "cluster"])

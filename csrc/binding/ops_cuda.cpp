@@ -143,14 +143,14 @@ class BackwardLoop {
         plan_(plan),
         precision_(precision),
         stream_(stream),
-        workspace_(workspace(layer, persistent() ? kBarrierWords * sizeof(uint32_t)
+        workspace_(workspace(layer, one_launch() ? kBarrierWords * sizeof(uint32_t)
                                                  : stepwise_backward_workspace(layer.shape))) {
-    if (persistent()) rows_.emplace(layer, stream);
+    if (one_launch()) rows_.emplace(layer, stream);
   }
 
   void run(const BackwardParams& window) const {
     void* const memory = workspace_.mutable_data_ptr();
-    if (persistent()) {
+    if (one_launch()) {
       persistent_backward(plan_, precision_, rows_->with(window), static_cast<uint32_t*>(memory),
                           stream_);
     } else {
@@ -160,7 +160,7 @@ class BackwardLoop {
   }
 
  private:
-  bool persistent() const { return plan_.family == Family::persistent; }
+  bool one_launch() const { return plan_.family != Family::stepwise; }
 
   const Layer& layer_;
   const CudaPlan& plan_;

@@ -31,6 +31,7 @@ class ClusterBackward : BackwardUnits<Policy, kCell, kUnits> {
   static constexpr int kRuns = cluster_runs(kCell, kUnits);
   static constexpr int kOctets = Policy::kOctets;  // of units that are multiplied at a time
   static constexpr int kRounds = cluster_octets(kUnits) / kOctets;
+  static constexpr int kTogether = kRounds % 2 == 0 ? 2 : 1;  // rounds that wait for each other
   static constexpr int kPitch = cluster_pitch(kRuns * kRun, sizeof(T));
 
  public:
@@ -158,15 +159,20 @@ class ClusterBackward : BackwardUnits<Policy, kCell, kUnits> {
           for (int q = 0; q < Eight<T>::kQuads; ++q) x[run][r].set_quad(q, quads[q]);
         }
 #pragma unroll
-      for (int round = 0; round < kRounds; ++round) {
+      for (int round = 0; round < kRounds; round += kTogether) {
         if (first_of(round) >= units) break;
-        float d[kOctets][4] = {};
+        float d[kTogether][kOctets][4] = {};
 #pragma unroll
-        for (int run = 0; run < kRuns; ++run) Policy::multiply(d, x[run], weights_[run][round]);
-        Policy::quads(d, [&](int b, int unit, float4 sums) {
-          unit += first_of(round);
-          if (first + b < rows && unit < units) send(buffer, first + b, unit, sums);
-        });
+        for (int run = 0; run < kRuns; ++run)
+#pragma unroll
+          for (int i = 0; i < kTogether; ++i)
+            Policy::multiply(d[i], x[run], weights_[run][round + i]);
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i)
+          Policy::quads(d[i], [&](int b, int unit, float4 sums) {
+            unit += first_of(round + i);
+            if (first + b < rows && unit < units) send(buffer, first + b, unit, sums);
+          });
       }
     }
   }
@@ -180,6 +186,7 @@ class ClusterBackward : BackwardUnits<Policy, kCell, kUnits> {
 
   __device__ __forceinline__ float sum_of_parts(int buffer, int b) const {
     float sum = 0;
+#pragma unroll 4
     for (int rank = 0; rank < static_cast<int>(gpu::cluster_size()); ++rank)
       sum += part(buffer, rank, b)[Owned::unit()];
     return sum;

@@ -3,7 +3,7 @@
 //
 // In the params, batch_sizes and row_start point to device memory, as every other pointer does.
 // input_in_gates is true: `gates` holds W_ih x on entry. Nothing here waits for the device, and all
-// launches may be captured in a graph. The plan is plan_cuda's, or plan_cluster's, for the same
+// launches may be captured in a graph. The plan is plan_cuda's for the same
 // shape, precision and pass, on the current device, and not stepwise.
 #pragma once
 

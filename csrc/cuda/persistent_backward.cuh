@@ -5,9 +5,9 @@
 // through grad_gates, with one barrier of the direction's blocks a step.
 //
 // What a step costs: every SM reads the gradients of all gates from L2, G times what the forward
-// pass reads (LSTM, B = 32, H = 1024: 256 KiB, 2.3 us at 64 bytes a clock and 1.75 GHz), and they
-// cross L2 three times, about 1.3 us. What the next step needs of the saved tensors is read before
-// the barrier is waited for.
+// pass reads (LSTM, B = 32, H = 1024: 256 KiB, 2.3 us at 64 bytes a clock and 1.75 GHz, 6 us if L2
+// gives 128 SMs no more than 3100 together), and they cross L2 three times, about 1.3 us. What the
+// next step needs of the saved tensors is read before the barrier is waited for.
 #pragma once
 
 #include "csrc/core/cells.h"
@@ -106,7 +106,7 @@ class BackwardUnits {
 
   // From the gradient of h to those of the pre-activations, in the pass that begins with `first`,
   // whose state is that of number in_state. What reaches the h before without W_hh stays in dh.
-  // put(b, gate, gradient): what else becomes of them.
+  // put_too(b, gate, gradient): what else becomes of them.
   template <class Put>
   __device__ __forceinline__ void differentiate(Step now, Step border, int first, int in_state,
                                                 Put put_too) {

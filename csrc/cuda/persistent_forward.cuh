@@ -6,9 +6,10 @@
 // step.
 //
 // What a step costs: every SM reads all of h from L2, B * H * 2 bytes at 64 bytes a clock (B = 32,
-// H = 1024: 64 KiB, 0.6 us at 1.75 GHz), and h crosses L2 three times (stored, announced, read),
-// about 1.3 us. The products take less: B * H * 32 * 2 flops of an SM, 0.2 us. So W_ih x is read
-// before the barrier is waited for, and reads of h are on the way while others are multiplied.
+// H = 1024: 64 KiB, 0.6 us at 1.75 GHz; 1.5 us if L2 gives 128 SMs no more than 3100), and h
+// crosses L2 three times (stored, announced, read), about 1.3 us. The products take less: B * H *
+// 32 * 2 flops of an SM, 0.2 us. So W_ih x is read before the barrier is waited for, and reads of h
+// are on the way while others are multiplied.
 #pragma once
 
 #include "csrc/core/cells.h"

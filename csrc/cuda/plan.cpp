@@ -33,7 +33,8 @@ int64_t shared_bytes(const LayerShape& s, const CudaPlan& plan, int64_t element_
   const int units = plan.units, gates = gate_count(s.cell);
   const int64_t pitch = sum_pitch(backward ? 1 : gates, units * plan.cluster);
   const int64_t sums = int64_t{kWarps} * tile * pitch;
-  const int64_t parts = plan.cluster > 1 ? int64_t{2} * plan.cluster * tile * units : 0;
+  constexpr int64_t kBarriers = 4;  // two of 8 bytes, in static memory
+  const int64_t parts = plan.cluster > 1 ? int64_t{2} * plan.cluster * tile * units + kBarriers : 0;
   const int64_t state = state_count(s.cell, backward) * s.B * units;
   const int64_t biases = backward ? 0 : saved_count(s.cell) * units;
   const int64_t weights =
@@ -87,12 +88,12 @@ CudaPlan plan_persistent(const LayerShape& s, const GpuProperties& gpu, bool bac
   const int64_t needed = (plan.blocks + sms - 1) / sms;  // on an SM
   if (by_registers < needed)
     return stepwise(text(plan.blocks) + " blocks of " + text(units) +
-                    " hidden units must be resident at once, registers leave room for " +
+                    " hidden units must be resident at once, there is room for " +
                     text(by_registers * sms));
 
   // A large tile has fewer barriers in a step, a small one leaves room for more blocks.
-  plan.batch_tile =
-      static_cast<int>(std::min<int64_t>(round_up(s.B, kMinBatchTile), max_batch_tile(units)));
+  plan.batch_tile = static_cast<int>(
+      std::clamp<int64_t>(round_up(s.B, kMinBatchTile), kMinBatchTile, max_batch_tile(units)));
   for (;; plan.batch_tile = static_cast<int>(round_up(plan.batch_tile / 2, kMinBatchTile))) {
     plan.shared_bytes = shared_bytes(s, plan, element_bytes, backward, plan.batch_tile);
     const int64_t resident = gpu.shared_per_sm / (plan.shared_bytes + kReservedShared);
@@ -170,7 +171,7 @@ std::optional<Family> family_named(const std::string& name) {
 
 int64_t resident_clusters(const GpuProperties& gpu, int blocks) {
   constexpr int kSmsOfGpc = 16;
-  return std::max(gpu.sm_count / kSmsOfGpc, 1) * (kSmsOfGpc / blocks);
+  return std::max(gpu.sm_count / kSmsOfGpc, 1) * (std::min(gpu.sm_count, kSmsOfGpc) / blocks);
 }
 
 CudaPlan plan_cuda(const LayerShape& s, Precision precision, const GpuProperties& gpu,
@@ -196,21 +197,28 @@ CudaPlan plan_cuda(const LayerShape& s, Precision precision, const GpuProperties
 
   // Narrow blocks divide the work among more SMs. Wide ones read h on fewer of them, and cost the
   // weights in shared memory a trip to the registers each step.
-  CudaPlan plan;
+  CudaPlan best;
+  double cost = 0;
   for (int launches = 1; launches <= s.directions; ++launches)
     for (int units : {units_of(kMaxNarrowBlocks), units_of(kWideBlocks)}) {
       if (units == units_of(kMaxNarrowBlocks) && s.H > kMaxNarrow) continue;
-      plan = plan_persistent(s, gpu, backward, units, launches,
-                             split && backward ? gate_count(s.cell) : 1);
-      if (plan.family == Family::stepwise) continue;
-      if (split) plan.family = Family::split;
-      const double cost = predict_step(s, precision, gpu, plan, backward).total();
-      const double other = predict_step(s, precision, gpu, stepwise(""), backward).total();
-      if (forced || cost <= other) return plan;
-      return stepwise("predicted " + microseconds(other) + " a step, persistent " +
-                      microseconds(cost));
+      CudaPlan plan = plan_persistent(s, gpu, backward, units, launches,
+                                      split && backward ? gate_count(s.cell) : 1);
+      if (split && plan.family == Family::persistent) plan.family = Family::split;
+      const bool runs = plan.family != Family::stepwise;
+      if (runs && forced) return plan;
+      const double its = runs ? predict_step(s, precision, gpu, plan, backward).total() : 0;
+      const bool first = best.family == Family::stepwise;
+      if (runs ? first || its < cost : first) {
+        best = plan;
+        cost = its;
+      }
     }
-  return plan;
+  const double other = predict_step(s, precision, gpu, {}, backward).total();
+  if (!forced && best.family != Family::stepwise && cost > other)
+    return stepwise("predicted " + microseconds(other) + " a step, persistent " +
+                    microseconds(cost));
+  return best;
 }
 
 }  // namespace rnn_fused

@@ -41,7 +41,8 @@ struct CudaPlan {
 };
 
 // The persistent kernels where they are predicted to be as fast as the stepwise ones, never the
-// others: no GPU has run these. forced: that family, or where it cannot run a stepwise plan.
+// others: no GPU has run these. forced: that family, in narrow blocks if these fit, or where it
+// cannot run a stepwise plan.
 CudaPlan plan_cuda(const LayerShape& shape, Precision precision, const GpuProperties& gpu,
                    bool backward, std::optional<Family> forced = {});
 
@@ -104,7 +105,7 @@ RNN_FUSED_HD constexpr int register_blocks(int64_t element_bytes, int columns, i
 // units or sequences.
 RNN_FUSED_HD constexpr int sum_pitch(int columns, int units) {
   if (columns > 1) return 4 * units + 4;
-  return units <= 16 || units % 16 == 8 ? units : units + 8;
+  return units % 16 == 8 ? units : units + 8;
 }
 
 // The hidden units of a block of a cluster. In blocks of 32 forward, the last weights may be in

@@ -6,7 +6,6 @@ namespace rnn_fused {
 namespace {
 
 constexpr double kClock = 1750;  // cycles a microsecond
-constexpr double kSmsOfRates = 132;
 
 // Microseconds.
 constexpr double kGridBarrier = 1.3;  // h is stored, announced and read: three trips through L2
@@ -19,18 +18,23 @@ constexpr double kOtherSm = 32;  // to the shared memory of other SMs
 constexpr double kShared = 128;
 constexpr double kL2Bytes = 50 << 20;  // beyond which weights come from memory
 
-// Multiply-adds a cycle and SM: of mma.sync, and of the library's large products.
+// Multiply-adds a cycle and SM: of mma.sync; and of the library's large products, which are exact
+// in float32, whatever the layer may round.
 constexpr double kMma16 = 1024, kMmaTf32 = 512, kFma = 128;
-constexpr double kLibrary = 0.6 * 2;  // of twice these rates
+constexpr double kLibrary16 = 1200, kLibraryFma = 100;
 
 // A thread's instructions for the gates of one unit and sequence, four warps issue one each a
 // cycle; and the time from the first to the last of them where all are on the way at once.
 constexpr double kGateInstructions = 120, kGateLatency = 300;
 
 double multiply_adds(DType dtype, Precision precision) {
-  if (dtype == DType::f64) return kFma / 2;
   if (dtype != DType::f32) return kMma16;
   return precision == Precision::tf32 ? kMmaTf32 : kFma;
+}
+
+double library_multiply_adds(DType dtype) {
+  if (dtype == DType::f64) return kLibraryFma / 2;
+  return dtype == DType::f32 ? kLibraryFma : kLibrary16;
 }
 
 double round_up(double n, double multiple) {
@@ -48,21 +52,24 @@ struct Model {
   double G = gate_count(s.cell);
   double bytes = s.dtype == DType::f64 ? 8 : s.dtype == DType::f32 ? 4 : 2;  // of an element
 
+  // Sequences that are multiplied at a time.
+  double sequences() const {
+    return s.dtype == DType::f32 && precision == Precision::exact ? 4 : persistent::kMinBatchTile;
+  }
+
   // Products of one block, and its gates.
   double maths(double rows, double outputs, double K) const {
-    const bool exact = s.dtype == DType::f32 && precision == Precision::exact;
-    const double padded = exact ? rows : round_up(rows, persistent::kMinBatchTile);
-    return padded * outputs * K / multiply_adds(s.dtype, precision) +
+    return round_up(rows, sequences()) * outputs * K / multiply_adds(s.dtype, precision) +
            rows * plan.units * kGateInstructions / 128 + kGateLatency;
   }
 
   // The sums that so many warps leave in shared memory and the gates read, and the weights there.
-  double sums(double rows, double warps, double gates) const {
-    return 2 * warps * rows * persistent::sum_pitch(static_cast<int>(gates), plan.units) * 4;
+  double sums(double rows, double warps, double gates, int units) const {
+    return 2 * warps * rows * persistent::sum_pitch(static_cast<int>(gates), units) * 4;
   }
   double weights(double rows, double k_block) const {
     return (plan.k_blocks - plan.register_blocks) * k_block * G * plan.units * bytes *
-           (round_up(rows, persistent::kMinBatchTile) / persistent::kMinBatchTile);
+           (round_up(rows, sequences()) / sequences());
   }
 
   StepCost persistent() const {
@@ -71,11 +78,11 @@ struct Model {
     StepCost cost;
     cost.waits = kGridBarrier * kClock;
     cost.traffic = std::max(read / kL2OfSm, read * static_cast<double>(plan.blocks) / kL2OfGpu);
-    cost.shared = (plan.cluster * sums(B, persistent::kWarps, columns) +
+    cost.shared = (sums(B, persistent::kWarps, columns, plan.units * plan.cluster) +
                    weights(B, persistent::kWarps * persistent::kRun)) /
                   kShared;
     if (plan.cluster > 1) {
-      cost.waits += kClusterTrip * kClock;
+      cost.waits += kClusterTrip * kClock * (round_up(B, plan.batch_tile) / plan.batch_tile);
       cost.traffic += B * plan.units * plan.cluster * 4 / kOtherSm;
     }
     cost.maths = maths(B, columns * plan.units, groups * H);
@@ -96,9 +103,10 @@ struct Model {
     } else {
       cost.traffic = rows * units * bytes * others / kOtherSm;
       const double readers = double{persistent::kWarps} / persistent::kClusterKWarps;
-      cost.shared = (readers * rows * H * bytes + sums(rows, persistent::kClusterKWarps, G) +
-                     weights(rows, persistent::kClusterBlock)) /
-                    kShared;
+      cost.shared =
+          (readers * rows * H * bytes + sums(rows, persistent::kClusterKWarps, G, plan.units) +
+           weights(rows, persistent::kClusterBlock)) /
+          kShared;
       cost.maths = maths(rows, G * units, H);
     }
     const int64_t clusters = plan.blocks / plan.cluster;
@@ -114,8 +122,8 @@ struct Model {
     StepCost cost;
     cost.waits = (s.projected() ? 3 : 2) * kLaunch * kClock;
     cost.traffic = (weights + values) / (weights > kL2Bytes ? kMemory : kL2OfGpu);
-    cost.maths = B * G * H * static_cast<double>(s.P) /
-                 (multiply_adds(s.dtype, precision) * kLibrary * gpu.sm_count);
+    cost.maths =
+        B * G * H * static_cast<double>(s.P) / (library_multiply_adds(s.dtype) * gpu.sm_count);
     return times(cost, s.directions);
   }
 

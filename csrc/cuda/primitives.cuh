@@ -15,6 +15,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #ifndef __CUDACC__
@@ -88,6 +90,29 @@ inline cudaLaunchAttribute cluster_of(unsigned blocks) {
   return dimension;
 }
 
+// Throws unless the device has room for so many blocks in clusters, which lies with the SMs of each
+// of its GPCs: a grid barrier of blocks that are not all there never ends.
+template <class... P>
+void check_resident(unsigned cluster, void (*kernel)(P...), dim3 grid, dim3 block,
+                    size_t shared_bytes) {
+  if (shared_bytes > 0) allow_dynamic_shared(reinterpret_cast<const void*>(kernel));
+  cudaLaunchAttribute dimension = cluster_of(cluster);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &dimension;
+  config.numAttrs = 1;
+  int clusters = 0;
+  CHECK_CUDA("launch", cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+  const int64_t blocks = int64_t{grid.x} * grid.y * grid.z;
+  if (int64_t{clusters} * cluster < blocks)
+    throw std::runtime_error("[launch] " + std::to_string(blocks) + " blocks in clusters of " +
+                             std::to_string(cluster) +
+                             " must be resident at once, the device has room for " +
+                             std::to_string(clusters) + " clusters");
+}
+
 // The same with all blocks resident at once; throws where the device has no room for them. On sm_90
 // and later they may be in clusters of up to 8; elsewhere cluster is 1.
 template <class... P, class... A>
@@ -96,6 +121,7 @@ void launch_cooperative(unsigned cluster, void (*kernel)(P...), dim3 grid, dim3 
   cudaLaunchAttribute attributes[2] = {{}, cluster_of(cluster)};
   attributes[0].id = cudaLaunchAttributeCooperative;
   attributes[0].val.cooperative = 1;
+  if (cluster > 1) check_resident(cluster, kernel, grid, block, shared_bytes);
   launch_with(attributes, cluster > 1 ? 2 : 1, kernel, grid, block, shared_bytes, stream, args...);
 }
 
@@ -306,16 +332,25 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// The block's number in its cluster, and how many blocks that has.
+// The block's number in its cluster, and how many blocks that has: never another, and so not
+// volatile.
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank = 0;
-  RNN_FUSED_PTX_OF_CLUSTERS("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#else
+  __trap();
+#endif
   return rank;
 }
 
 __device__ __forceinline__ uint32_t cluster_size() {
   uint32_t size = 0;
-  RNN_FUSED_PTX_OF_CLUSTERS("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#else
+  __trap();
+#endif
   return size;
 }
 

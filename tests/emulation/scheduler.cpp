@@ -442,6 +442,10 @@ unsigned char* static_variable(Block& block, const void* key, size_t bytes) {
   const auto found = block.static_shared.find(key);
   if (found != block.static_shared.end()) return found->second.bytes.get();
   Unseen unseen;
+  size_t all = block.dynamic_shared.size + bytes;
+  for (const auto& [other, variable] : block.static_shared) all += variable.size;
+  if (all > kSharedBytes)
+    throw Error("a block has at most 227 KiB of shared memory, got ", all, " bytes");
   return (block.static_shared[key] = nan_bytes(bytes)).bytes.get();
 }
 
