@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MAX_JOBS ?= $(shell nproc)
+# How many tests CTest runs at once, and which: CTEST_ARGS="-R lengths".
+MAX_TESTS = $(MAX_JOBS)
+CTEST = ctest --output-on-failure --no-tests=error --parallel $(MAX_TESTS) $(CTEST_ARGS)
 CLANG_FORMAT_FILES = $(shell find csrc tests/cpp tests/emulation tests/gpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test integration bench bench-compare docs build lint format cpp-test sanitize emulate emulate-plain \
-        emulate-asan emulate-tsan emulate-ops kernel-table wheel clean
+.PHONY: test integration bench bench-compare docs build lint format cpp-test sanitize emulate emulated-core \
+        emulate-plain emulate-asan emulate-tsan emulate-ops kernel-table wheel clean
 
 test: build
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -58,47 +61,51 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CLANG_FORMAT_FILES)
 
+# CORE_OBJECTS: the folder where `make build` has just compiled the core, so as not to do it again.
+CONFIGURE_CORE = cmake -S . -B build/cmake -DRNN_FUSED_OBJECTS=$(abspath $(CORE_OBJECTS))
 cpp-test:
-	cmake -S . -B build/cmake
+	$(CONFIGURE_CORE)
 	cmake --build build/cmake --parallel $(MAX_JOBS)
-	ctest --test-dir build/cmake --output-on-failure --no-tests=error
+	$(CTEST) --test-dir build/cmake
 
-# The C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, on some instruction sets:
+# see RNN_FUSED_LEFT_OUT in CMakeLists.txt.
 sanitize:
 	cmake -S . -B build/cmake-asan -DRNN_FUSED_SANITIZE=address,undefined
 	cmake --build build/cmake-asan --parallel $(MAX_JOBS)
-	ctest --test-dir build/cmake-asan --output-on-failure --no-tests=error
+	$(CTEST) --test-dir build/cmake-asan
 
 # The tests of the CUDA kernels on the CPU: plain, with AddressSanitizer, with ThreadSanitizer; and
 # the operators' own tests on emulated kernels. Needs nvcc for its headers.
 emulate: emulate-plain emulate-asan emulate-tsan emulate-ops
 
+# What results are compared with: the core of the C++ tests, without sanitizers.
+emulated-core:
+	$(CONFIGURE_CORE)
+	cmake --build build/cmake --target rnn_fused_core --parallel $(MAX_JOBS)
+
+EMULATION = -DRNN_FUSED_TESTS=OFF -DRNN_FUSED_EMULATION=ON \
+    -DRNN_FUSED_CORE=$(abspath build/cmake/librnn_fused_core.a) -DRNN_FUSED_SANITIZE=$(SANITIZE)
 emulate-asan: SANITIZE = address,undefined
 emulate-tsan: SANITIZE = thread
 # Its fibers take gigabytes.
 emulate-tsan: MAX_TESTS = 1
-MAX_TESTS = $(MAX_JOBS)
-# The CPU core is what results are compared with: that of the C++ tests, without sanitizers.
-emulate-plain emulate-asan emulate-tsan:
-	cmake -S . -B build/cmake
-	cmake --build build/cmake --target rnn_fused_core --parallel $(MAX_JOBS)
-	cmake -S . -B build/$@ -DRNN_FUSED_TESTS=OFF -DRNN_FUSED_EMULATION=ON \
-	    -DRNN_FUSED_CORE=$(abspath build/cmake/librnn_fused_core.a) \
-	    -DRNN_FUSED_SANITIZE=$(SANITIZE)
+emulate-plain emulate-asan emulate-tsan: emulated-core
+	cmake -S . -B build/$@ $(EMULATION)
 	cmake --build build/$@ --target emulation --parallel $(MAX_JOBS)
-	ctest --test-dir build/$@ --output-on-failure --no-tests=error --parallel $(MAX_TESTS)
+	$(CTEST) --test-dir build/$@
 
-EMULATED_OPS = build/emulate-plain/tests/emulation/libemulated_ops.so
-emulate-ops: EMULATED_PYTEST = $(BIN)/python -m pytest --emulated-cuda $(EMULATED_OPS) \
-    --numprocesses $(MAX_JOBS) $(PYTEST_ARGS)
 # Of the last files not what takes many calls: the kernels are those of the others.
-emulate-ops: build emulate-plain
-	cmake -S . -B build/emulate-plain -DRNN_FUSED_TESTS=OFF -DRNN_FUSED_EMULATION=ON \
+EMULATED_OPS = build/emulate-plain/tests/emulation/libemulated_ops.so
+emulate-ops: build emulated-core
+	cmake -S . -B build/emulate-plain $(EMULATION) \
 	    -DRNN_FUSED_TORCH=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")
 	cmake --build build/emulate-plain --target emulated_ops --parallel $(MAX_JOBS)
 	$(EMULATED_PYTEST) tests/test_emulated_families.py tests/test_ops.py tests/test_resets.py
 	$(EMULATED_PYTEST) -k "not gradcheck and not any_ and not skewed" \
 	    tests/test_lengths.py tests/test_options.py tests/test_windows.py
+EMULATED_PYTEST = $(BIN)/python -m pytest --emulated-cuda $(EMULATED_OPS) \
+    --numprocesses $(MAX_JOBS) $(PYTEST_ARGS)
 
 # The check of the PTX wrappers; to be run on a GPU.
 build/gpu_primitives: tests/gpu/primitives.cu $(wildcard csrc/cuda/*.*h tests/emulation/*.*h)

@@ -5,6 +5,7 @@
 #include <array>
 
 #include "tests/cpp/check.h"
+#include "tests/cpp/isas.h"
 #include "tests/cpp/spread.h"
 
 namespace rnn_fused {
@@ -18,8 +19,7 @@ void check_spread(const Sizes& sizes, const Spread& spread, uint64_t seed) {
   const Products products(l, l.dtype);
   const FarLayer far(l, spread);
   const Upstream upstream(l, seed);
-  for (Isa isa : kAllIsas) {
-    if (!isa_supported(isa)) continue;
+  for (Isa isa : tested_isas()) {
     CAPTURE(isa);
     const auto forward = [&](const ForwardParams& params) { cpu_forward(isa, params, kOneThread); };
     const auto backward = [&](const BackwardParams& params) {
@@ -73,8 +73,7 @@ TEST_CASE("the input's gradient from rows 2^31 elements apart") {
       const AddressSpace far(N * stride * size_of(dtype));
       for (int64_t n = 0; n < N; ++n)
         std::memcpy(far.at(n * stride * size_of(dtype)), grads.at(n * K), K * size_of(dtype));
-      for (Isa isa : kAllIsas) {
-        if (!isa_supported(isa)) continue;
+      for (Isa isa : tested_isas()) {
         const auto run = [&](const void* grads, int64_t stride) {
           Array result(dtype, N * I);
           cpu_input_gradient(isa,
@@ -113,8 +112,7 @@ TEST_CASE("outer products of rows 2^31 elements apart") {
         near.push_back(right.at(n * columns));
         far.push_back(far_right.at(n * stride * size));
       }
-      for (Isa isa : kAllIsas) {
-        if (!isa_supported(isa)) continue;
+      for (Isa isa : tested_isas()) {
         const auto run = [&](const void* left, int64_t stride, const void* const* right) {
           std::array<Array, 2> result = {Array(dtype, rows * columns), Array(dtype, rows)};
           cpu_outer_product(isa,

@@ -4,18 +4,13 @@
 #include <array>
 
 #include "tests/cpp/check.h"
+#include "tests/cpp/isas.h"
 #include "tests/cpp/padded.h"
 
 namespace rnn_fused {
 namespace {
 
 constexpr Host kOneThread = {nullptr, 1};
-
-std::vector<Isa> supported_isas() {
-  std::vector<Isa> isas;
-  std::copy_if(std::begin(kAllIsas), std::end(kAllIsas), std::back_inserter(isas), isa_supported);
-  return isas;
-}
 
 void check_layer(const Sizes& sizes, uint64_t seed) {
   CAPTURE(sizes);
@@ -27,7 +22,7 @@ void check_layer(const Sizes& sizes, uint64_t seed) {
   const bool absent_output = seed % 3 == 1, absent_state = seed % 3 == 2;
   const Upstream upstream(l, seed, absent_output, absent_state);
   const Backward expected_grads = reference_backward(l, saved, upstream);
-  for (Isa isa : supported_isas()) {
+  for (Isa isa : tested_isas()) {
     CAPTURE(isa);
     {
       INFO("the kernel multiplies the input");
@@ -93,7 +88,7 @@ TEST_CASE("float32 layers with split products equal the reference") {
       Sizes exact = s;
       exact.split = false;
       const Layer l(s, seed);
-      for (Isa isa : supported_isas()) {
+      for (Isa isa : tested_isas()) {
         CAPTURE(s);
         CAPTURE(isa);
         const bool splits = isa == Isa::amx_bf16 && l.shape().split;
@@ -166,7 +161,7 @@ TEST_CASE("a sequence has the same bits alone and in a batch") {
       for (int64_t H : {20, 67}) {
         Sizes sizes{cell, dtype, 40, 7, 5, H, cell == Cell::lstm ? 19 : 0, 2, true};
         const Layer l(sizes, 1);
-        for (Isa isa : supported_isas()) {
+        for (Isa isa : tested_isas()) {
           const Forward together = run_forward(isa, l, kOneThread, true);
           for (int64_t b = 0; b < l.B; ++b) {
             if (l.lengths[b] < 12) continue;  // whose weights are not packed: another order of sums
@@ -183,7 +178,7 @@ TEST_CASE("a sequence has the same bits in one call and in two") {
     for (Cell cell : kCells) {
       if (cell == Cell::lstm && size_of(dtype) == 2) continue;  // c_n is rounded, c is not
       const Layer l({cell, dtype, 30, 1, 5, 40}, 1);
-      for (Isa isa : supported_isas()) {
+      for (Isa isa : tested_isas()) {
         INFO(isa, " ", static_cast<const Sizes&>(l));
         const Forward whole = run_forward(isa, l, kOneThread, false);
         const Layer first = alone(l, 0, 0, 14);
@@ -241,7 +236,7 @@ TEST_CASE("the input's gradient equals the reference") {
           for (int64_t k = 0; k < K; ++k)
             for (int64_t c = 0; c < I; ++c)
               expected[n * I + c].add(grads[d][n * stride + k] * weights[d][k * I + c]);
-      for (Isa isa : supported_isas()) {
+      for (Isa isa : tested_isas()) {
         Array actual(dtype, (2 * N - 1) * I);
         for (int64_t j = 0; accumulate && j < actual.size(); ++j) actual.set(j, 0.5);
         const Array before = actual;
@@ -307,7 +302,7 @@ TEST_CASE("outer products and the sums of rows equal the reference") {
                                                   right[i][other * columns[i] + c]);
         }
       }
-      for (Isa isa : supported_isas()) {
+      for (Isa isa : tested_isas()) {
         std::array<Array, 2> actual, sums;
         for (int i = 0; i < 2; ++i) {
           actual[i] = Array(of_result, rows * columns[i]);
