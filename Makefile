@@ -6,10 +6,11 @@ MAX_JOBS ?= $(shell nproc)
 # How many tests CTest runs at once, and which: CTEST_ARGS="-R lengths".
 MAX_TESTS = $(MAX_JOBS)
 CTEST = ctest --output-on-failure --no-tests=error --parallel $(MAX_TESTS) $(CTEST_ARGS)
+EMULATIONS = emulate-plain emulate-asan emulate-tsan
 CLANG_FORMAT_FILES = $(shell find csrc tests/cpp tests/emulation tests/gpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: test integration bench bench-compare docs build lint format cpp-test sanitize emulate emulated-core \
-        emulate-plain emulate-asan emulate-tsan emulate-ops kernel-table wheel clean
+        emulate-ops kernel-table wheel clean $(EMULATIONS) $(EMULATIONS:=-build)
 
 test: build
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -86,26 +87,27 @@ emulated-core:
 
 EMULATION = -DRNN_FUSED_TESTS=OFF -DRNN_FUSED_EMULATION=ON \
     -DRNN_FUSED_CORE=$(abspath build/cmake/librnn_fused_core.a) -DRNN_FUSED_SANITIZE=$(SANITIZE)
-emulate-asan: SANITIZE = address,undefined
-emulate-tsan: SANITIZE = thread
+emulate-asan-build: SANITIZE = address,undefined
+emulate-tsan-build: SANITIZE = thread
+$(EMULATIONS:=-build): emulated-core
+	cmake -S . -B build/$(@:-build=) $(EMULATION)
+	cmake --build build/$(@:-build=) --target emulation --parallel $(MAX_JOBS)
+
 # Its fibers take gigabytes.
 emulate-tsan: MAX_TESTS = 1
-emulate-plain emulate-asan emulate-tsan: emulated-core
-	cmake -S . -B build/$@ $(EMULATION)
-	cmake --build build/$@ --target emulation --parallel $(MAX_JOBS)
+$(EMULATIONS): %: %-build
 	$(CTEST) --test-dir build/$@
 
-# Of the last files not what takes many calls: the kernels are those of the others.
+# Of some files not what takes many calls: the kernels are those of the others.
 EMULATED_OPS = build/emulate-plain/tests/emulation/libemulated_ops.so
 emulate-ops: build emulated-core
 	cmake -S . -B build/emulate-plain $(EMULATION) \
 	    -DRNN_FUSED_TORCH=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")
 	cmake --build build/emulate-plain --target emulated_ops --parallel $(MAX_JOBS)
-	$(EMULATED_PYTEST) tests/test_emulated_families.py tests/test_ops.py tests/test_resets.py
-	$(EMULATED_PYTEST) -k "not gradcheck and not any_ and not skewed" \
-	    tests/test_lengths.py tests/test_options.py tests/test_windows.py
-EMULATED_PYTEST = $(BIN)/python -m pytest --emulated-cuda $(EMULATED_OPS) \
-    --numprocesses $(MAX_JOBS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --emulated-cuda $(EMULATED_OPS) --numprocesses $(MAX_JOBS) --dist worksteal \
+	    -k "not ((test_lengths or test_options or test_windows) and (gradcheck or any_ or skewed))" \
+	    tests/test_emulated_families.py tests/test_ops.py tests/test_resets.py \
+	    tests/test_lengths.py tests/test_options.py tests/test_windows.py $(PYTEST_ARGS)
 
 # The check of the PTX wrappers; to be run on a GPU.
 build/gpu_primitives: tests/gpu/primitives.cu $(wildcard csrc/cuda/*.*h tests/emulation/*.*h)

@@ -131,6 +131,7 @@ void check_cells(DType dtype, Precision precision, int64_t H, std::initializer_l
                  std::initializer_list<int64_t> batches, std::initializer_list<int64_t> steps,
                  const GpuProperties& gpu, Random& random, Family family = Family::persistent) {
   for (Cell cell : cells) {
+    if (cell == Cell::rnn_relu && H > 100) continue;  // rnn_tanh's kernels, and it takes long
     Case c{{cell, dtype, random.one_of(steps), random.one_of(batches)}};
     c.I = 3;
     c.H = H;
@@ -229,7 +230,7 @@ TEST_CASE("clusters of wide blocks equal the CPU core") {
        {std::tuple{DType::bf16, Precision::exact, Cell::lstm},
         std::tuple{DType::f16, Precision::exact, Cell::lstm},
         std::tuple{DType::bf16, Precision::exact, Cell::gru},
-        std::tuple{DType::bf16, Precision::exact, Cell::rnn_relu},
+        std::tuple{DType::bf16, Precision::exact, Cell::rnn_tanh},
         std::tuple{DType::f32, Precision::exact, Cell::rnn_tanh},
         std::tuple{DType::f32, Precision::tf32, Cell::rnn_tanh}})
     for (int64_t H : {260, 510}) {
