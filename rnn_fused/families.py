@@ -31,8 +31,8 @@ def kernels(family: str) -> Iterator[None]:
     - "stepwise": a product and a fused kernel for each timestep; any sizes, dtypes, projections.
     - "persistent": one launch for all timesteps, weights kept on the chip.
     - "split": "persistent", but backward the blocks of a thread-block cluster divide the gates, so
-      that an SM reads the gradients of one gate only; LSTM and GRU, H a multiple of 8, compute
-      capability 9.0 on.
+      that an SM reads the gradients of one gate only; LSTM and GRU, compute capability
+      9.0 on.
     - "cluster": one launch of thread-block clusters that each run some sequences and wait for no
       other; compute capability 9.0 on, H up to 512, of LSTMs and GRUs in float32 256 (from 11.0 on
       half of that).

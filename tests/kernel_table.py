@@ -52,13 +52,11 @@ class Variant:
     policy: str  # a value of POLICIES
     cell: str
     k_blocks: int
-    aligned: bool
 
     def __str__(self) -> str:
         return (
             f"{'backward' if self.backward else 'forward'} {self.cell.split('_')[0].upper()} "
-            f"{self.policy}, {self.k_blocks} k-block{'s' * (self.k_blocks > 1)}, "
-            f"{'aligned' if self.aligned else 'unaligned'}"
+            f"{self.policy}, {self.k_blocks} k-block{'s' * (self.k_blocks > 1)}"
         )
 
     def plan(self, k_blocks: int, sms: int, shared_per_sm: int, shared: int) -> dict[str, Any]:
@@ -151,11 +149,11 @@ def cluster_of(name: str) -> Cluster | None:
 
 def variant_of(name: str) -> Variant | None:
     """Of a readable name; None for a kernel that is not persistent."""
-    match = re.fullmatch(r"(\w+)_kernel<(.+), (\w+), (\d+), (\w+)>", name)
+    match = re.fullmatch(r"(forward|backward)_kernel<(.+), (\w+), (\d+)>", name)
     if match is None:
         return None
-    which, policy, cell, blocks, aligned = match.groups()
-    return Variant(which == "backward", POLICIES[policy], cell, int(blocks), aligned == "true")
+    which, policy, cell, blocks = match.groups()
+    return Variant(which == "backward", POLICIES[policy], cell, int(blocks))
 
 
 def broken_rules(kernels: Kernels, archs: list[str]) -> Iterator[str]:

@@ -19,8 +19,8 @@ from kernel_table import (
 )
 
 NAME = (
-    "_ZN9rnn_fused10persistent14forward_kernelINS0_3MmaI6__halfEELNS_4CellE0ELi8ELb1EEEv"
-    "NS_13ForwardParamsEiiPj"
+    "_ZN9rnn_fused10persistent14forward_kernelINS0_3MmaI6__halfEELNS_4CellE0ELi8EEEv"
+    "NS_13ForwardParamsEiiPv"
 )
 OTHER = "_ZN9rnn_fused41_GLOBAL__N__b9a4e7c9_9_device_cu_bc76bfe713write_numbersENS0_7NumbersEPli"
 RESOURCES = f"""
@@ -69,7 +69,7 @@ arch = sm_90a
         /*a110*/               @P1 FFMA2 R2, R2, R3, R4 ;              /* 0x0000000302027249 */
 		..........
 """
-VARIANT = "forward_kernel<{}, {}, {}, true>"
+VARIANT = "forward_kernel<{}, {}, {}>"
 CLUSTER = "cluster_backward_kernel<Mma<__half>, gru, 16>"
 SPLIT = "split_backward_kernel<Ffma, lstm, 4>"
 
@@ -91,7 +91,7 @@ def test_table_has_readable_names() -> None:
     kernels = readable(read_resources(RESOURCES.splitlines(keepends=True)))
     text = table(kernels, ["sm_80", "sm_90a"])
     assert "| kernel | sm_80 | sm_90a | planned |" in text
-    assert "| forward LSTM f16, 8 k-blocks, aligned | 255 / 0 / 1 / 0 | 248 / 1024 / 1 / 0" in text
+    assert "| forward LSTM f16, 8 k-blocks | 255 / 0 / 1 / 0 | 248 / 1024 / 1 / 0" in text
     assert "| write_numbers | 8 / 0 |  |" in text
 
 
@@ -127,7 +127,7 @@ def test_kernels_of_clusters_multiply_in_the_tensor_cores() -> None:
 
 
 BF16, EXACT = VARIANT.format("Mma<__nv_bfloat16>", "lstm", 1), VARIANT.format("Ffma", "rnn_tanh", 1)
-BF16_NAME, EXACT_NAME = "forward LSTM bf16, 1 k-block, aligned", "forward RNN f32, 1 k-block, align"
+BF16_NAME, EXACT_NAME = "forward LSTM bf16, 1 k-block", "forward RNN f32, 1 k-block"
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,8 @@ BF16_NAME, EXACT_NAME = "forward LSTM bf16, 1 k-block, aligned", "forward RNN f3
         (BF16, "tensor", 0, f"{BF16_NAME}, sm_80: must multiply in the tensor cores, got none"),
         (BF16, "local", 16, f"{BF16_NAME}, sm_80: must have no stack and spill nothing, got 16"),
         (BF16, "registers", 129, f"{BF16_NAME}, sm_80: an SM must have registers for 2 blocks"),
-        (EXACT, "tensor", 1, f"{EXACT_NAME}ed, sm_80: must multiply exactly"),
-        (EXACT, "ffma", 31, f"{EXACT_NAME}ed, sm_80: must multiply exactly"),
+        (EXACT, "tensor", 1, f"{EXACT_NAME}, sm_80: must multiply exactly"),
+        (EXACT, "ffma", 31, f"{EXACT_NAME}, sm_80: must multiply exactly"),
         ("forward_step<double, gru>", "local", 8, "forward_step<double, gru>, sm_80: must have no"),
     ],
 )
@@ -162,13 +162,13 @@ def test_missing_kernels() -> None:
 
 def test_promise_is_that_of_the_plan() -> None:
     for k_blocks in (1, 2, 4, 8):
-        variant = Variant(False, "bf16", "lstm", k_blocks, True)
+        variant = Variant(False, "bf16", "lstm", k_blocks)
         assert variant.plan(k_blocks, *NO_LIMITS)["k_blocks"] == k_blocks
     # csrc/cuda/plan.h, blocks_per_sm: two blocks of 16-bit kernels with one k-block.
-    assert Variant(False, "bf16", "lstm", 1, True).promise() == (2, 8)
-    assert Variant(True, "f16", "gru", 2, False).promise() == (1, 8)
-    assert Variant(True, "f32", "rnn_tanh", 1, True).promise() == (1, 8)
-    assert Variant(False, "tf32", "lstm", 8, True).promise() == (1, 8)
+    assert Variant(False, "bf16", "lstm", 1).promise() == (2, 8)
+    assert Variant(True, "f16", "gru", 2).promise() == (1, 8)
+    assert Variant(True, "f32", "rnn_tanh", 1).promise() == (1, 8)
+    assert Variant(False, "tf32", "lstm", 8).promise() == (1, 8)
 
 
 def test_blocks_of_registers() -> None:

@@ -125,9 +125,8 @@ void run_forward(const Layer& layer, const CudaPlan& plan, Precision precision,
                  const ForwardParams& params, cudaStream_t stream) {
   if (plan.family != Family::stepwise) {
     const DeviceRows rows(layer, stream);
-    const Tensor barrier = workspace(layer, kBarrierWords * sizeof(uint32_t));
-    persistent_forward(plan, precision, rows.with(params),
-                       static_cast<uint32_t*>(barrier.mutable_data_ptr()), stream);
+    const Tensor scratch = workspace(layer, persistent_workspace(plan, layer.shape, false));
+    persistent_forward(plan, precision, rows.with(params), scratch.mutable_data_ptr(), stream);
   } else {
     const Tensor scratch = workspace(layer, stepwise_forward_workspace(layer.shape));
     TorchProduct torch{layer.input};
@@ -143,7 +142,7 @@ class BackwardLoop {
         plan_(plan),
         precision_(precision),
         stream_(stream),
-        workspace_(workspace(layer, one_launch() ? kBarrierWords * sizeof(uint32_t)
+        workspace_(workspace(layer, one_launch() ? persistent_workspace(plan, layer.shape, true)
                                                  : stepwise_backward_workspace(layer.shape))) {
     if (one_launch()) rows_.emplace(layer, stream);
   }
@@ -151,8 +150,7 @@ class BackwardLoop {
   void run(const BackwardParams& window) const {
     void* const memory = workspace_.mutable_data_ptr();
     if (one_launch()) {
-      persistent_backward(plan_, precision_, rows_->with(window), static_cast<uint32_t*>(memory),
-                          stream_);
+      persistent_backward(plan_, precision_, rows_->with(window), memory, stream_);
     } else {
       TorchProduct torch{layer_.input};
       stepwise_backward(window, memory, torch.product(), stream_);

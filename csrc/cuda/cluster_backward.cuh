@@ -70,8 +70,9 @@ class ClusterBackward : BackwardUnits<Policy, kCell, kUnits> {
       const int buffer = static_cast<int>(i % 2);
       const bool last = begin + i + 1 == end;
       const Step border = down ? now : next;
-      this->differentiate(now, border, first_, 0,
-                          [&](int b, int gate, T gradient) { keep(buffer, b, gate, gradient); });
+      this->differentiate(now, border, first_, 0, [&](int b, int gate, T gradient) {
+        grads_of(buffer, b)[gate * kUnits + Owned::unit()] = gradient;
+      });
       // Before anybody sends for step i + 1: they do not before they have what this block sends
       // below. Then all threads have also read the parts of step i - 1, which that overwrites.
       if (threadIdx.x == 0 && !last) expect(1 - buffer, next);
@@ -108,12 +109,6 @@ class ClusterBackward : BackwardUnits<Policy, kCell, kUnits> {
   // K is [gate, unit of the block]. Two buffers, so that a warp may come to the next step while
   // another still multiplies.
   __device__ T* grads_of(int buffer, int b) const { return grads_ + (buffer * tile_ + b) * kPitch; }
-  __device__ void keep(int buffer, int b, int saved_gate, T gradient) {
-#pragma unroll
-    for (int gate = 0; gate < G; ++gate)
-      if (this->saved_gate(gate) == saved_gate)
-        grads_of(buffer, b)[gate * kUnits + Owned::unit()] = gradient;
-  }
 
   // The units of dh that the warp multiplies in a round: neighbours are other warps', so that all
   // have some in small layers.

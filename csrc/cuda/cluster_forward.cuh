@@ -39,13 +39,9 @@ class ClusterForward : ForwardUnits<Policy, kCell, kUnits, kClusterKWarps> {
         pitch_(cluster_pitch(p.H, sizeof(T))),
         h_(reinterpret_cast<T*>(this->behind_state(tile))),
         full_(full),
-        product_(static_cast<int>(p.H), reinterpret_cast<float*>(h_ + 3 * tile * pitch_),
-                 [&, aligned = rows_aligned<T>(dir_.weight_hh, p.H, p.H)](int gate, int, int unit,
-                                                                          int k) {
-                   return this->load_weights(gate, unit, k, [&](const T* from, int count) {
-                     return load_eight(aligned, from, count);
-                   });
-                 }) {
+        product_(
+            static_cast<int>(p.H), reinterpret_cast<float*>(h_ + 3 * tile * pitch_),
+            [&](int gate, int, int unit, int k) { return this->load_weights(gate, unit, k); }) {
     const int count = static_cast<int>(min(static_cast<int64_t>(tile), p_.B - first));
     this->begin_state(first, count);
     // Any step may be a sequence's first.
@@ -152,8 +148,7 @@ class ClusterForward : ForwardUnits<Policy, kCell, kUnits, kClusterKWarps> {
   const int pitch_;
   T* const h_;            // [3, tile, pitch]; behind it the weights
   uint64_t* const full_;  // [2]
-  const Product<Policy, kUnits, gate_count(kCell), 1, cluster_k_blocks(kUnits), true,
-                kClusterKWarps>
+  const Product<Policy, kUnits, gate_count(kCell), 1, cluster_k_blocks(kUnits), kClusterKWarps>
       product_;
 };
 

@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 
+#include "csrc/cuda/persistent_block.cuh"
 #include "csrc/cuda/persistent_product.cuh"
 
 namespace rnn_fused {
@@ -10,11 +11,11 @@ namespace persistent {
 
 // Each policy in a file of its own in inst/, so that they compile side by side.
 template <class Policy>
-void launch_forward(const CudaPlan&, const ForwardParams&, uint32_t*, cudaStream_t);
+void launch_forward(const CudaPlan&, const ForwardParams&, void*, cudaStream_t);
 template <class Policy>
 void launch_cluster_forward(const CudaPlan&, const ForwardParams&, cudaStream_t);
 template <class Policy>
-void launch_backward(const CudaPlan&, const BackwardParams&, uint32_t*, cudaStream_t);
+void launch_backward(const CudaPlan&, const BackwardParams&, void*, cudaStream_t);
 template <class Policy>
 void launch_cluster_backward(const CudaPlan&, const BackwardParams&, cudaStream_t);
 
@@ -34,23 +35,31 @@ void with_policy(const CudaPlan& plan, DType dtype, Precision precision, const B
 
 }  // namespace persistent
 
+int64_t persistent_workspace(const CudaPlan& plan, const LayerShape& shape, bool backward) {
+  using namespace persistent;
+  if (plan.family == Family::cluster) return 0;
+  const int64_t values = backward ? exchanged_values(shape, kBackwardSlots, gate_count(shape.cell))
+                                  : exchanged_values(shape, kForwardSlots, 1);
+  return kBarrierBytes + shape.directions * values * (shape.dtype == DType::f32 ? 4 : 2);
+}
+
 void persistent_forward(const CudaPlan& plan, Precision precision, const ForwardParams& params,
-                        uint32_t* barrier, cudaStream_t stream) {
+                        void* workspace, cudaStream_t stream) {
   persistent::with_policy(plan, params.dtype, precision, [&]<class Policy>() {
     if (plan.family == Family::cluster)
       persistent::launch_cluster_forward<Policy>(plan, params, stream);
     else
-      persistent::launch_forward<Policy>(plan, params, barrier, stream);
+      persistent::launch_forward<Policy>(plan, params, workspace, stream);
   });
 }
 
 void persistent_backward(const CudaPlan& plan, Precision precision, const BackwardParams& params,
-                         uint32_t* barrier, cudaStream_t stream) {
+                         void* workspace, cudaStream_t stream) {
   persistent::with_policy(plan, params.dtype, precision, [&]<class Policy>() {
     if (plan.family == Family::cluster)
       persistent::launch_cluster_backward<Policy>(plan, params, stream);
     else
-      persistent::launch_backward<Policy>(plan, params, barrier, stream);
+      persistent::launch_backward<Policy>(plan, params, workspace, stream);
   });
 }
 

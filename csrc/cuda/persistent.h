@@ -16,16 +16,15 @@
 
 namespace rnn_fused {
 
-// A counter for each direction, in a cache line of its own.
-constexpr int kBarrierStride = 32;
-constexpr int kBarrierWords = 2 * kBarrierStride;
+// Bytes of device memory that a pass needs besides: the workspace, aligned to 16 bytes,
+// overwritten.
+int64_t persistent_workspace(const CudaPlan& plan, const LayerShape& shape, bool backward);
 
-// barrier: [kBarrierWords], device memory, overwritten; not used by clusters.
 void persistent_forward(const CudaPlan& plan, Precision precision, const ForwardParams& params,
-                        uint32_t* barrier, cudaStream_t stream);
+                        void* workspace, cudaStream_t stream);
 
 // grad_projected and hidden are not used: a projection has no persistent kernels.
 void persistent_backward(const CudaPlan& plan, Precision precision, const BackwardParams& params,
-                         uint32_t* barrier, cudaStream_t stream);
+                         void* workspace, cudaStream_t stream);
 
 }  // namespace rnn_fused

@@ -2,7 +2,7 @@
 //
 // Each block owns hidden units of one direction, and their columns of W_hh in registers and shared
 // memory, where dh and dc stay too. The gradients of the pre-activations go from block to block
-// through grad_gates, with one barrier of the direction's blocks a step.
+// through device memory (L2), with one barrier of the direction's blocks a step.
 //
 // What a step costs: every SM reads the gradients of all gates from L2, G times what the forward
 // pass reads (LSTM, B = 32, H = 1024: 256 KiB, 2.3 us at 64 bytes a clock and 1.75 GHz, 6 us if L2
@@ -106,7 +106,7 @@ class BackwardUnits {
 
   // From the gradient of h to those of the pre-activations, in the pass that begins with `first`,
   // whose state is that of number in_state. What reaches the h before without W_hh stays in dh.
-  // put_too(b, gate, gradient): what else becomes of them.
+  // put_too(b, group, gradient): what else becomes of those that a group of the product multiplies.
   template <class Put>
   __device__ __forceinline__ void differentiate(Step now, Step border, int first, int in_state,
                                                 Put put_too) {
@@ -116,7 +116,9 @@ class BackwardUnits {
       T* const grads = grad_gates(now.row + sequence) + unit_;
       const auto put = [&](int gate, float grad) {
         grads[gate * p_.H] = static_cast<T>(grad);
-        put_too(b, gate, static_cast<T>(grad));
+#pragma unroll
+        for (int group = 0; group < G; ++group)
+          if (saved_gate(group) == gate) put_too(b, group, static_cast<T>(grad));
       };
       float& dh = dh_[in_block];
       const float total = dh + saved.grad_output;
@@ -154,6 +156,15 @@ class BackwardUnits {
   // The saved gate whose gradient a group of the product multiplies: that of a GRU's n reaches h
   // through hn.
   __device__ static constexpr int saved_gate(int group) { return kGru && group == 2 ? 3 : group; }
+
+  // Zeros behind the last unit: the product multiplies them by zeros, and so they must be no NaN.
+  __device__ __forceinline__ void begin_exchange(const GradientExchange<T, kCell>& exchange) const {
+    Owned::for_all_sequences(!owns() && unit_ < exchange.pitch() ? p_.B : 0, tile_, [&](int b) {
+      for (int slot = 0; slot < kBackwardSlots; ++slot)
+        for (int group = 0; group < G; ++group)
+          exchange.row(slot, b, group)[unit_] = static_cast<T>(0.0f);
+    });
+  }
 
   // Adds what W_hh gives the h before. sum_of(b): of the pass's sequence.
   template <class Sum>
@@ -213,7 +224,7 @@ class BackwardUnits {
   Saved saved_[kOwn] = {};
 };
 
-template <class Policy, Cell kCell, int kBlocks, bool kAligned>
+template <class Policy, Cell kCell, int kBlocks>
 class Backward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
   static constexpr int kUnits = units_of(kBlocks), kPitch = sum_pitch(1, kUnits);
   using Units = BackwardUnits<Policy, kCell, kUnits>;
@@ -227,8 +238,9 @@ class Backward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
  public:
   // shared: [plan.shared_bytes]
   __device__ __forceinline__ Backward(const BackwardParams& p, int direction, int tile,
-                                      float* shared)
+                                      float* shared, void* workspace)
       : Units(p, direction, blockIdx.x, tile, shared + kWarps * tile * kPitch, p.B),
+        exchange_(p, direction, workspace),
         sums_(shared),
         product_(static_cast<int>(p.H), this->behind_state(p.B),
                  [&](int, int gate, int of_block, int k) {
@@ -238,6 +250,7 @@ class Backward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
                                        unit < p.H ? static_cast<int>(p.H) - k : 0);
                  }) {
     this->begin_state(0, p.B);
+    this->begin_exchange(exchange_);
   }
 
   __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
@@ -246,10 +259,13 @@ class Backward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
     Step now = step_at(p_, down, begin), next = step_at(p_, down, begin + 1);
     this->load_saved(now, next, 0);
     for (int64_t s = begin; s < end; ++s) {
+      const int slot = static_cast<int>(s % 2);
       const Step border = down ? now : next;
       for (int first = 0; first < now.active; first += tile_) {
         if (first > 0) this->load_saved(now, next, first);
-        this->differentiate(now, border, first, first, [](int, int, T) {});
+        this->differentiate(now, border, first, first, [&](int b, int group, T gradient) {
+          exchange_.row(slot, first + b, group)[this->unit_] = gradient;
+        });
       }
       const Step after = step_at(p_, down, s + 2);
       barrier.arrive();
@@ -257,7 +273,7 @@ class Backward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
       barrier.wait();
       for (int first = 0; first < now.active; first += tile_) {
         if (first > 0) __syncthreads();  // the sums of the pass before have been read
-        multiply(now, first);
+        multiply(slot, now, first);
         __syncthreads();
         this->add_product(now, border, first, first, [&](int b) {
           float sums[1] = {};
@@ -273,30 +289,29 @@ class Backward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
 
  private:
   // W_hh^T times the gradients of the pre-activations.
-  __device__ __forceinline__ void multiply(Step now, int first) {
+  __device__ __forceinline__ void multiply(int slot, Step now, int first) {
     product_.multiply(
         pass_size(now.active, first, tile_),
         [&](int b, int group, int k) {
-          const T* const row =
-              this->grad_gates(now.row + first + b) + this->saved_gate(group) * p_.H;
-          return load_eight<kAligned>(row + k, static_cast<int>(p_.H) - k);
+          return load_exchanged(exchange_.row(slot, first + b, group), k, static_cast<int>(p_.H));
         },
         tile_, sums_);
   }
 
+  const GradientExchange<T, kCell> exchange_;
   float* const sums_;  // [kWarps, tile, kPitch]; behind them the state, and the weights
-  const Product<Policy, kUnits, 1, gate_count(kCell), kBlocks, kAligned> product_;
+  const Product<Policy, kUnits, 1, gate_count(kCell), kBlocks> product_;
 };
 
-// blockIdx: (block of units, direction behind the first). counters: zero, kBarrierStride apart.
-template <class Policy, Cell kCell, int kBlocks, bool kAligned>
+// blockIdx: (block of units, direction behind the first).
+template <class Policy, Cell kCell, int kBlocks>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy::T), kBlocks))
     backward_kernel(const __grid_constant__ BackwardParams p, int first_direction, int tile,
-                    uint32_t* counters) {
+                    void* workspace) {
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
   const int direction = first_direction + blockIdx.y;
-  Backward<Policy, kCell, kBlocks, kAligned> block(p, direction, tile, shared);
-  block.run(gpu::GridBarrier(counters + direction * kBarrierStride, gridDim.x));
+  Backward<Policy, kCell, kBlocks> block(p, direction, tile, shared, workspace);
+  block.run(barrier_of(workspace, direction));
 }
 
 }  // namespace rnn_fused::persistent

@@ -1,9 +1,8 @@
 // The forward pass of all timesteps in one launch.
 //
 // Each block owns hidden units of one direction. Their rows of W_hh stay in registers, and in
-// shared memory what registers have no room for, as does c; h goes from block to block through the
-// output, whose rows are fresh addresses every step, with one barrier of the direction's blocks a
-// step.
+// shared memory what registers have no room for, as does c; h goes from block to block through
+// device memory (L2), with one barrier of the direction's blocks a step.
 //
 // What a step costs: every SM reads all of h from L2, B * H * 2 bytes at 64 bytes a clock (B = 32,
 // H = 1024: 64 KiB, 0.6 us at 1.75 GHz; 1.5 us if L2 gives 128 SMs no more than 3100), and h
@@ -54,13 +53,13 @@ class ForwardUnits {
     return state_ + state_count(kCell, false) * sequences * kUnits;
   }
 
-  // The weights [k, k + 8) of one of the block's units. load: load_eight.
-  template <class Load>
-  __device__ __forceinline__ Eight<T> load_weights(int gate, int of_block, int k, Load load) const {
+  // The weights [k, k + 8) of one of the block's units.
+  __device__ __forceinline__ Eight<T> load_weights(int gate, int of_block, int k) const {
     const int unit = first_unit_ + of_block;
     const T* const weights = static_cast<const T*>(dir_.weight_hh);
     if (unit >= p_.H) return Eight<T>();
-    return load(weights + (gate * p_.H + unit) * p_.H + k, static_cast<int>(p_.H) - k);
+    return load_eight(rows_aligned<T>(weights, p_.H, p_.H),
+                      weights + (gate * p_.H + unit) * p_.H + k, static_cast<int>(p_.H) - k);
   }
 
   // c, or h of a GRU, of the sequences from `first` on.
@@ -73,7 +72,6 @@ class ForwardUnits {
   }
 
   __device__ bool owns() const { return unit_ < p_.H; }
-  __device__ T* output() const { return static_cast<T*>(dir_.output); }
 
   // W_ih x of the thread's sequences of one pass.
   __device__ __forceinline__ void load_input(Step step, int first) {
@@ -120,7 +118,7 @@ class ForwardUnits {
         const float a = x_[i][0] + bias(0) + sums[0];
         h = p_.cell == Cell::rnn_tanh ? gpu::Math::tanh(a) : gpu::Math::relu(a);
       }
-      output()[row * p_.output_stride + unit_] = static_cast<T>(h);
+      static_cast<T*>(dir_.output)[row * p_.output_stride + unit_] = static_cast<T>(h);
       put(b, static_cast<T>(h));
       // The sequence's last step.
       if (sequence >= next.active)
@@ -171,30 +169,37 @@ class ForwardUnits {
   float x_[kOwn][G] = {};
 };
 
-template <class Policy, Cell kCell, int kBlocks, bool kAligned>
+template <class Policy, Cell kCell, int kBlocks>
 class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks), kWarps> {
   using Units = ForwardUnits<Policy, kCell, units_of(kBlocks), kWarps>;
+  using typename Units::Owned;
   using typename Units::T;
+  using Units::dir_;
   using Units::direction_;
   using Units::p_;
   using Units::tile_;
 
  public:
   // shared: [plan.shared_bytes]
-  __device__ __forceinline__ Forward(const ForwardParams& p, int direction, int tile, float* shared)
+  __device__ __forceinline__ Forward(const ForwardParams& p, int direction, int tile, float* shared,
+                                     void* workspace)
       : Units(p, direction, blockIdx.x, tile, shared),
-        product_(static_cast<int>(p.H), this->behind_state(p.B),
-                 [&](int gate, int, int unit, int k) {
-                   return this->load_weights(gate, unit, k, load_eight<kAligned, T>);
-                 }) {
+        exchange_(p, direction, workspace),
+        product_(
+            static_cast<int>(p.H), this->behind_state(p.B),
+            [&](int gate, int, int unit, int k) { return this->load_weights(gate, unit, k); }) {
     this->begin_state(0, p_.B);
+    begin_h();
   }
 
   __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
     const bool down = direction_ == 1;
     Step before = {0, 0}, now = step_at(p_, down, 0);
+    barrier.arrive();
     this->load_input(now, 0);
+    barrier.wait();
     for (int64_t s = 0; s < p_.T; ++s) {
+      const int slot = static_cast<int>(s % 2);
       const Step border = down ? before : now;
       const Step next = step_at(p_, down, s + 1);
       for (int first = 0; first < now.active; first += tile_) {
@@ -202,9 +207,10 @@ class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks), kWarps> {
           __syncthreads();  // the sums of the pass before have been read
           this->load_input(now, first);
         }
-        multiply(before, now, border, first);
+        multiply(1 - slot, before, now, border, first);
         __syncthreads();
-        this->activate(now, next, border, first, first, [](int, T) {});
+        this->activate(now, next, border, first, first,
+                       [&](int b, T h) { exchange_.row(slot, first + b, 0)[this->unit_] = h; });
       }
       if (s + 1 == p_.T) break;
       barrier.arrive();
@@ -216,52 +222,56 @@ class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks), kWarps> {
   }
 
  private:
-  // W_hh h of one pass. A sequence that was there in the step before has its h in the output; one
-  // that begins now has it in h0, and one that was reset in reset_h.
-  __device__ __forceinline__ void multiply(Step before, Step now, Step border, int first) {
+  // The block's units of the states that are given, for all blocks. Zeros behind the last unit: the
+  // product multiplies them by zeros, and so they must be no NaN.
+  __device__ __forceinline__ void begin_h() {
+    Owned::for_all_sequences(this->unit_ < exchange_.pitch() ? p_.B : 0, tile_, [&](int b) {
+      const auto put = [&](int slot, float h) {
+        exchange_.row(slot, b, 0)[this->unit_] = static_cast<T>(h);
+      };
+      const int64_t i = b * p_.H + this->unit_;
+      put(kInitialSlot, this->owns() ? value_or_zero<T>(dir_.h0, i) : 0);
+      put(kResetSlot, this->owns() ? value_or_zero<T>(dir_.reset_h, i) : 0);
+      if (!this->owns()) put(0, 0), put(1, 0);
+    });
+  }
+
+  // W_hh h of one pass: of the h that a sequence left in the step before, of h0 where it begins
+  // now, of reset_h where it was reset.
+  __device__ __forceinline__ void multiply(int slot_before, Step before, Step now, Step border,
+                                           int first) {
     product_.multiply(
         pass_size(now.active, first, tile_),
         [&](int b, int, int k) {
           const int sequence = first + b;
-          const ForwardDirection& dir = this->dir_;
-          const T* const row = is_reset(p_, border, sequence)
-                                   ? static_cast<const T*>(dir.reset_h) + sequence * p_.H
-                               : sequence < before.active
-                                   ? this->output() + (before.row + sequence) * p_.output_stride
-                                   : static_cast<const T*>(dir.h0) + sequence * p_.H;
-          return load_eight<kAligned>(row + k, static_cast<int>(p_.H) - k);
+          const int slot = is_reset(p_, border, sequence) ? kResetSlot
+                           : sequence < before.active     ? slot_before
+                                                          : kInitialSlot;
+          return load_exchanged(exchange_.row(slot, sequence, 0), k, static_cast<int>(p_.H));
         },
         tile_, this->sums_);
   }
 
-  const Product<Policy, units_of(kBlocks), gate_count(kCell), 1, kBlocks, kAligned> product_;
+  const HiddenExchange<T> exchange_;
+  const Product<Policy, units_of(kBlocks), gate_count(kCell), 1, kBlocks> product_;
 };
 
-// blockIdx: (block of units, direction behind the first). counters: zero, kBarrierStride apart.
-template <class Policy, Cell kCell, int kBlocks, bool kAligned>
+// blockIdx: (block of units, direction behind the first).
+template <class Policy, Cell kCell, int kBlocks>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy::T), kBlocks))
     forward_kernel(const __grid_constant__ ForwardParams p, int first_direction, int tile,
-                   uint32_t* counters) {
+                   void* workspace) {
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
   const int direction = first_direction + blockIdx.y;
-  Forward<Policy, kCell, kBlocks, kAligned> block(p, direction, tile, shared);
-  block.run(gpu::GridBarrier(counters + direction * kBarrierStride, gridDim.x));
+  Forward<Policy, kCell, kBlocks> block(p, direction, tile, shared, workspace);
+  block.run(barrier_of(workspace, direction));
 }
 
 template <class Policy>
-void launch_forward(const CudaPlan& plan, const ForwardParams& params, uint32_t* counters,
+void launch_forward(const CudaPlan& plan, const ForwardParams& params, void* workspace,
                     cudaStream_t stream) {
-  using T = typename Policy::T;
-  bool aligned = true;
-  for (int d = 0; d < params.directions; ++d) {
-    const ForwardDirection& dir = params.direction[d];
-    aligned = aligned && rows_aligned<T>(dir.output, params.output_stride, params.H);
-    for (const void* matrix : {dir.h0, dir.reset_h, dir.weight_hh})
-      aligned = aligned && rows_aligned<T>(matrix, params.H, params.H);
-  }
-  launch_persistent(plan, params, counters, stream, [&](auto cell, auto k_blocks) {
-    return aligned ? forward_kernel<Policy, cell.value, k_blocks.value, true>
-                   : forward_kernel<Policy, cell.value, k_blocks.value, false>;
+  launch_persistent(plan, params, workspace, stream, [](auto cell, auto k_blocks) {
+    return forward_kernel<Policy, cell.value, k_blocks.value>;
   });
 }
 

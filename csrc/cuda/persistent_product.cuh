@@ -66,25 +66,24 @@ __device__ __forceinline__ Eight<T> gather_eight(const T* from, int64_t stride, 
   return eight;
 }
 
-// Consecutive ones. kAligned: `from` is, to 16 bytes, and count is 8 or more, or not positive.
-template <bool kAligned, class T>
-__device__ __forceinline__ Eight<T> load_eight(const T* from, int count) {
-  if constexpr (!kAligned) return gather_eight(from, 1, count);
+// The values [k, k + 8) of a row of an exchange; zeros for k from H on.
+template <class T>
+__device__ __forceinline__ Eight<T> load_exchanged(const T* row, int k, int H) {
   Eight<T> eight;
-  if (count <= 0) return eight;
+  if (k >= H) return eight;
 #pragma unroll
   for (int q = 0; q < Eight<T>::kQuads; ++q)
-    eight.set_quad(q, gpu::load_relaxed(reinterpret_cast<const uint4*>(from) + q));
+    eight.set_quad(q, gpu::load_relaxed(reinterpret_cast<const uint4*>(row + k) + q));
   return eight;
 }
 
-// The same where that is known at run time only.
+// Consecutive ones of any row, or of one in a matrix that is aligned.
 template <class T>
 __device__ __forceinline__ Eight<T> load_eight(bool aligned, const T* from, int count) {
-  return aligned ? load_eight<true>(from, count) : load_eight<false>(from, count);
+  return aligned ? load_exchanged(from, 0, count) : gather_eight(from, 1, count);
 }
 
-// Whether load_eight may take every row of a matrix [rows, H] as aligned.
+// Whether each row of a matrix [rows, H] begins and ends at a multiple of 16 bytes.
 template <class T>
 RNN_FUSED_HD bool rows_aligned(const void* first, int64_t stride, int64_t H) {
   return reinterpret_cast<uintptr_t>(first) % 16 == 0 && stride * sizeof(T) % 16 == 0 && H % 8 == 0;
@@ -259,8 +258,7 @@ constexpr int largest_divisor(int n, int limit) {
 
 // Item i is k-block i / kGroups of group i % kGroups. kKWarps: the warps that divide K among them;
 // the others divide it again, for other units: where X is in shared memory, and so near.
-template <class Policy, int kUnits, int kColumns, int kGroups, int kBlocks, bool kAligned,
-          int kKWarps = kWarps>
+template <class Policy, int kUnits, int kColumns, int kGroups, int kBlocks, int kKWarps = kWarps>
 class Product {
   using T = typename Policy::T;
   static constexpr int kOwnUnits = kUnits * kKWarps / kWarps;  // of a warp
@@ -272,10 +270,9 @@ class Product {
 
   // What a thread's registers hold besides addresses and the gates' own: weights, operands that are
   // on the way from L2 and sums of the tiles that go together, where one tile has fewer k-blocks
-  // than should be on the way. Most that compiles without a spill; rows that are not aligned are
-  // gathered with more addresses.
+  // than should be on the way. Most that compiles without a spill.
   static constexpr bool kMany = kOctets > 2 && sizeof(T) == 4;  // of weights from shared memory
-  static constexpr int kRegisters = kOctets == 1 ? 144 : kAligned && !kMany ? 160 : 136;
+  static constexpr int kRegisters = kOctets == 1 ? 144 : kMany ? 120 : 160;
   static constexpr int kWeights = kInRegisters * kOctets * kColumns * Eight<T>::kWords;
   static constexpr int kOperand = Policy::kRows * Eight<T>::kWords;
   static constexpr int kMaxInFlight = kKWarps == kWarps ? Policy::kMaxInFlight : 2;

@@ -182,9 +182,6 @@ CudaPlan plan_cuda(const LayerShape& s, Precision precision, const GpuProperties
   const bool split = forced == Family::split;
   if (const std::string why = obstacle(s, gpu, split ? 90 : 80); !why.empty()) return stepwise(why);
   if (split && gate_count(s.cell) == 1) return stepwise("one gate is nothing to divide");
-  if (split && s.H % 8 != 0)
-    return stepwise("gradients are read eight at a time, H must be a multiple of 8, got " +
-                    text(s.H));
   constexpr int64_t kMaxNarrow = int64_t{kMaxNarrowBlocks} * kWarps * kRun;
   constexpr int64_t kMaxWide = int64_t{kWideBlocks} * kWarps * kRun;
   if (s.H > kMaxWide)

@@ -9,8 +9,6 @@
 // = 32: 4 KiB).
 #pragma once
 
-#include <stdexcept>
-
 #include "csrc/cuda/persistent_backward.cuh"
 
 namespace rnn_fused::persistent {
@@ -31,9 +29,10 @@ class SplitBackward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
  public:
   // shared: [plan.shared_bytes]. full: [2] mbarriers.
   __device__ __forceinline__ SplitBackward(const BackwardParams& p, int direction, int tile,
-                                           float* shared, uint64_t* full)
+                                           float* shared, void* workspace, uint64_t* full)
       : Units(p, direction, blockIdx.x, tile, shared + (kWarps * kPitch + 2 * kOfCluster) * tile,
               p.B),
+        exchange_(p, direction, workspace),
         sums_(shared),
         parts_(shared + kWarps * kPitch * tile),
         full_(full),
@@ -46,6 +45,7 @@ class SplitBackward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
                                        unit < p.H ? static_cast<int>(p.H) - k : 0);
                  }) {
     this->begin_state(0, p.B);
+    this->begin_exchange(exchange_);
     if (threadIdx.x == 0) {
       gpu::make_barrier(&full_[0], 1);
       gpu::make_barrier(&full_[1], 1);
@@ -62,10 +62,13 @@ class SplitBackward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
     gpu::cluster_wait();
     uint32_t pass = 0;  // of all steps: it sends by buffer pass % 2, the (pass / 2)-th transaction
     for (int64_t s = begin; s < end; ++s) {
+      const int slot = static_cast<int>(s % 2);
       const Step border = down ? now : next;
       for (int first = 0; first < now.active; first += tile_) {
         if (first > 0) this->load_saved(now, next, first);
-        this->differentiate(now, border, first, first, [](int, int, T) {});
+        this->differentiate(now, border, first, first, [&](int b, int gate, T gradient) {
+          exchange_.row(slot, first + b, gate)[this->unit_] = gradient;
+        });
       }
       const Step after = step_at(p_, down, s + 2);
       barrier.arrive();
@@ -74,7 +77,7 @@ class SplitBackward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
       for (int first = 0; first < now.active; first += tile_, ++pass) {
         const int buffer = pass % 2, rows = pass_size(now.active, first, tile_);
         if (first > 0) __syncthreads();  // the sums of the pass before have been sent
-        multiply(now, first, rows);
+        multiply(slot, first, rows);
         // All threads have also read the parts of the pass before. The others overwrite them when
         // they have this pass's of this block.
         __syncthreads();
@@ -94,13 +97,11 @@ class SplitBackward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
 
  private:
   // The gradients of the block's gate times its part of W_hh^T.
-  __device__ __forceinline__ void multiply(Step now, int first, int rows) {
+  __device__ __forceinline__ void multiply(int slot, int first, int rows) {
     product_.multiply(
         rows,
         [&](int b, int, int k) {
-          const T* const row =
-              this->grad_gates(now.row + first + b) + this->saved_gate(gate_) * p_.H;
-          return load_eight<true>(row + k, static_cast<int>(p_.H) - k);
+          return load_exchanged(exchange_.row(slot, first + b, gate_), k, static_cast<int>(p_.H));
         },
         tile_, sums_);
   }
@@ -137,24 +138,25 @@ class SplitBackward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
     return sum;
   }
 
+  const GradientExchange<T, kCell> exchange_;
   float* const sums_;     // [kWarps, tile, kPitch]
   float* const parts_;    // [2, G, tile, kUnits]; behind them the state, and the weights
   uint64_t* const full_;  // [2]
   const int gate_;        // whose gradients the block multiplies
-  const Product<Policy, kOfCluster, 1, 1, kBlocks, true> product_;
+  const Product<Policy, kOfCluster, 1, 1, kBlocks> product_;
 };
 
-// blockIdx: (block of units, direction behind the first). counters: zero, kBarrierStride apart.
+// blockIdx: (block of units, direction behind the first).
 template <class Policy, Cell kCell, int kBlocks>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy::T), kBlocks))
     split_backward_kernel(const __grid_constant__ BackwardParams p, int first_direction, int tile,
-                          uint32_t* counters) {
+                          void* workspace) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
   RNN_FUSED_SHARED(uint64_t, full, [2]);
   const int direction = first_direction + blockIdx.y;
-  SplitBackward<Policy, kCell, kBlocks> block(p, direction, tile, shared, full);
-  block.run(gpu::GridBarrier(counters + direction * kBarrierStride, gridDim.x));
+  SplitBackward<Policy, kCell, kBlocks> block(p, direction, tile, shared, workspace, full);
+  block.run(barrier_of(workspace, direction));
 #else
   __trap();
 #endif
@@ -162,22 +164,12 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy
 
 // Those that the plan has in clusters are split.
 template <class Policy>
-void launch_backward(const CudaPlan& plan, const BackwardParams& params, uint32_t* counters,
+void launch_backward(const CudaPlan& plan, const BackwardParams& params, void* workspace,
                      cudaStream_t stream) {
-  bool aligned = true;
-  for (int d = 0; d < params.directions; ++d)
-    aligned = aligned &&
-              rows_aligned<typename Policy::T>(params.direction[d].grad_gates, params.H, params.H);
-  const bool split = plan.cluster > 1;
-  if (split && !aligned)
-    throw std::invalid_argument(
-        "[persistent] blocks that divide K need gradients of the gates in rows aligned to 16 "
-        "bytes");
-  launch_persistent(plan, params, counters, stream, [&](auto cell, auto k_blocks) {
+  launch_persistent(plan, params, workspace, stream, [&](auto cell, auto k_blocks) {
     if constexpr (gate_count(cell.value) > 1)
-      if (split) return split_backward_kernel<Policy, cell.value, k_blocks.value>;
-    return aligned ? backward_kernel<Policy, cell.value, k_blocks.value, true>
-                   : backward_kernel<Policy, cell.value, k_blocks.value, false>;
+      if (plan.cluster > 1) return split_backward_kernel<Policy, cell.value, k_blocks.value>;
+    return backward_kernel<Policy, cell.value, k_blocks.value>;
   });
 }
 

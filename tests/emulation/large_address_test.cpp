@@ -61,27 +61,27 @@ TEST_CASE("stepwise: timesteps beyond 2^31 rows, and rows 2^31 elements apart") 
 
 TEST_CASE("persistent: timesteps beyond 2^31 rows, and rows 2^31 elements apart") {
   uint64_t seed = 0;
-  DeviceArray<uint32_t> barrier(kBarrierWords);
   for (const Spread& spread : {kFarTimesteps, kFarRows})
     for (const auto& [dtype, precision] : {std::pair{DType::bf16, Precision::exact},
                                            {DType::f32, Precision::exact},
                                            {DType::f32, Precision::tf32}})
       for (Cell cell : {Cell::lstm, Cell::gru, Cell::rnn_tanh}) {
-        Sizes s{cell, dtype, 3, 2, 1, seed % 2 ? 9 : 8};  // 8: all rows aligned to 16 bytes
+        Sizes s{cell, dtype, 3, 2, 1, seed % 2 ? 9 : 8};
         s.gap = 8;
         s.directions = seed % 4 < 2 ? 1 : 2;
         s.resets = seed % 3 == 0;
         s.ragged = spread.rows != 0;
-        const auto plan = [&](const LayerShape& shape, bool backward) {
-          return plan_cuda(shape, precision, kH100, backward);
-        };
         check_spread(
             s, spread, ++seed,
             [&](const ForwardParams& params) {
-              persistent_forward(plan(params, false), precision, params, barrier.get(), nullptr);
+              const CudaPlan plan = plan_cuda(params, precision, kH100, false);
+              DeviceWorkspace workspace(persistent_workspace(plan, params, false));
+              persistent_forward(plan, precision, params, workspace.get(), nullptr);
             },
             [&](const BackwardParams& params) {
-              persistent_backward(plan(params, true), precision, params, barrier.get(), nullptr);
+              const CudaPlan plan = plan_cuda(params, precision, kH100, true);
+              DeviceWorkspace workspace(persistent_workspace(plan, params, true));
+              persistent_backward(plan, precision, params, workspace.get(), nullptr);
             });
       }
 }

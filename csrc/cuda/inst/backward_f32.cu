@@ -2,7 +2,7 @@
 #include "csrc/cuda/split_backward.cuh"
 
 template void rnn_fused::persistent::launch_backward<rnn_fused::persistent::Ffma>(
-    const rnn_fused::CudaPlan&, const rnn_fused::BackwardParams&, uint32_t*, cudaStream_t);
+    const rnn_fused::CudaPlan&, const rnn_fused::BackwardParams&, void*, cudaStream_t);
 
 template void rnn_fused::persistent::launch_cluster_backward<rnn_fused::persistent::Ffma>(
     const rnn_fused::CudaPlan&, const rnn_fused::BackwardParams&, cudaStream_t);
