@@ -190,9 +190,10 @@ def _how(plan: dict[str, Any], tf32: bool) -> str:
             f"{plan['units']} hidden units, {weights}, {plan['batch_tile']} sequences each, "
             f"{shared}"
         )
+    polling = " that hand off" * (plan["family"] == "handoff")
     divided = f" in clusters of {plan['cluster']} that divide the gates" * (plan["cluster"] > 1)
     return (
-        f"persistent: {plan['blocks']} blocks of {plan['units']} hidden units{divided}"
+        f"persistent: {plan['blocks']} blocks of {plan['units']} hidden units{polling}{divided}"
         f"{' for one direction after the other' * (plan['launches'] > 1)}, {weights}, up to "
         f"{plan['batch_tile']} sequences a pass, {shared}"
     )

@@ -12,7 +12,7 @@ import torch
 
 from . import _C
 
-KERNELS = ("auto", "stepwise", "persistent", "split", "cluster", "cudnn")
+KERNELS = ("auto", "stepwise", "persistent", "handoff", "split", "cluster", "cudnn")
 OLDEST_CAPABILITY = (8, 0)
 
 # The families of the contexts that are open, oldest first, and the one that counts: a global of its
@@ -30,6 +30,8 @@ def kernels(family: str) -> Iterator[None]:
     - "auto": the plan chooses, see `rnn_fused.explain`.
     - "stepwise": a product and a fused kernel for each timestep; any sizes, dtypes, projections.
     - "persistent": one launch for all timesteps, weights kept on the chip.
+    - "handoff": "persistent", but no step waits at a barrier of all blocks: each block polls for
+      the values that it reads.
     - "split": "persistent", but backward the blocks of a thread-block cluster divide the gates, so
       that an SM reads the gradients of one gate only; LSTM and GRU, compute capability
       9.0 on.
@@ -39,7 +41,8 @@ def kernels(family: str) -> Iterator[None]:
     - "cudnn": torch's own op, which runs cuDNN where that can. For comparisons: torch.nn's modules
       keep their weights in one piece, which spares cuDNN a copy of them at every call.
 
-    "auto" chooses neither "split" nor "cluster": no GPU has run any of these kernels yet.
+    "auto" chooses none of "handoff", "split" and "cluster": no GPU has run any of these kernels
+    yet.
 
     The youngest open context counts, for all threads. A backward pass has the choice of its forward
     pass.

@@ -348,8 +348,8 @@ def test_cuda_has_defaults_of_its_own() -> None:
     assert options.grid == "deepbench_train, flashrnn, rl, everyday"
     assert options.dtypes == (torch.bfloat16, torch.float16, torch.float32)
     assert set(options.providers) == {
-        "rnn_fused", "rnn_fused stepwise", "rnn_fused persistent", "rnn_fused split",
-        "rnn_fused cluster", "flashrnn", "haste", "torchrl", "naive",
+        "rnn_fused", "rnn_fused stepwise", "rnn_fused persistent", "rnn_fused handoff",
+        "rnn_fused split", "rnn_fused cluster", "flashrnn", "haste", "torchrl", "naive",
     }  # fmt: skip
     assert options.sections == ("devices", "grid")
     assert parse([]).providers == (

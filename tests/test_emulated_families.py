@@ -68,15 +68,17 @@ def run(args: list[Any], call: Call, recompute: bool = False) -> list[torch.Tens
 @pytest.mark.parametrize("cell", GATES)
 def test_families_agree(cell: str, dtype: torch.dtype, plain: bool) -> None:
     args, options = arguments(cell, dtype), PLAIN if plain else options_of(cell)
-    families = ["persistent", "stepwise", "cluster", "auto"]
+    families = ["persistent", "stepwise", "cluster", "handoff", "auto"]
     if GATES[cell] > 1:
         families.insert(1, "split")
     persistent, *others, auto = (run(args, Call(cell, options, family)) for family in families)
+    handoff = others[-1]
     tolerance = 64 * torch.finfo(dtype).eps
     for other in others:
         for a, b in zip(persistent, other, strict=True):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-    assert all(torch.equal(a, b) for a, b in zip(auto, persistent, strict=True))
+    for same in (auto, handoff):  # which add up in the same order
+        assert all(torch.equal(a, b) for a, b in zip(same, persistent, strict=True))
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -141,6 +143,23 @@ def test_a_tail_and_idle_sequences(
         torch.testing.assert_close(value, on_host)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", GATES)
+def test_a_nan_is_handed_on(cell: str, dtype: torch.dtype) -> None:
+    """Whatever its bits: all set they stand for a value that is not there yet."""
+    input, hx, *others = arguments(cell, dtype)
+    bits = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    hx[:, 1] = torch.full_like(hx[:, 1], -1, dtype=bits).view(dtype)
+    input[0] = torch.full_like(input[0], -1, dtype=bits).view(dtype)
+    barrier, handed = (
+        run([input, hx, *others], Call(cell, kernels=kernels))
+        for kernels in ("persistent", "handoff")
+    )
+    assert barrier[0].isnan().any()
+    for a, b in zip(barrier, handed, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
 def test_tf32_rounds_the_factors() -> None:
     args = arguments("gru", torch.float32)
     exact, rounded = (
@@ -157,7 +176,7 @@ def test_tf32_rounds_the_factors() -> None:
         ({"dtype": torch.float32, "P": 5}, "a projection, P = 5"),
     ],
 )
-@pytest.mark.parametrize("kernels", ["persistent", "split", "cluster"])
+@pytest.mark.parametrize("kernels", ["persistent", "handoff", "split", "cluster"])
 def test_a_family_that_cannot_run_says_why(args: dict[str, Any], why: str, kernels: str) -> None:
     layer, forced = arguments("lstm", **args), Call("lstm", kernels=kernels)
     with pytest.raises(RuntimeError, match=rf"^\[lstm\] the {kernels} kernels cannot .*: {why}"):
@@ -167,5 +186,5 @@ def test_a_family_that_cannot_run_says_why(args: dict[str, Any], why: str, kerne
 
 def test_an_unknown_family_is_an_error() -> None:
     layer = arguments("gru", torch.float32)
-    with pytest.raises(RuntimeError, match="persistent, split or cluster, got 'cudnn'"):
+    with pytest.raises(RuntimeError, match="handoff, split or cluster, got 'cudnn'"):
         library.layer_forward(*layer, *Call("gru", kernels="cudnn").arguments, True, True)

@@ -62,6 +62,9 @@ def test_explains_clusters() -> None:
         text = rnn_fused.explain(rnn_fused.LSTM(8, 512, dtype=torch.float16), 10, 16, device="H100")
         assert "16 blocks of 32 hidden units, weights in registers (8 warps, 4 runs each, " in text
         assert "each, the last 1 in shared memory)" in text
+    with rnn_fused.kernels("handoff"):
+        text = rnn_fused.explain(rnn_fused.GRU(8, 512), T=10, B=16, device="H100")
+        assert text.count("persistent: 64 blocks of 8 hidden units that hand off, weights") == 2
     with rnn_fused.kernels("split"):
         text = rnn_fused.explain(rnn_fused.GRU(8, 512), T=10, B=16, device="H100")
         assert "forward: persistent: 64 blocks of 8 hidden units, weights" in text

@@ -77,8 +77,8 @@ Tensor workspace(const Layer& layer, int64_t bytes) {
 CudaPlan choose(const Layer& layer, const std::string& kernels, Precision precision,
                 bool backward) {
   RNN_FUSED_CHECK(kernels == "auto" || family_named(kernels), "[", layer.name,
-                  "] kernels must be auto, stepwise, persistent, split or cluster, got '", kernels,
-                  "'");
+                  "] kernels must be auto, stepwise, persistent, handoff, split or cluster, got '",
+                  kernels, "'");
   RNN_FUSED_CHECK(!layer.padded, "[", layer.name,
                   "] lengths of a padded batch are for tensors on the CPU; pack it instead");
   const std::optional<Family> forced = family_named(kernels);

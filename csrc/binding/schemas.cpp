@@ -30,9 +30,9 @@ STABLE_TORCH_LIBRARY(rnn_fused, m) {
   // not given.
   // gate_slope: gates are sigmoid(gate_slope * x). |c| is at most cell_clip. grad_clip_value bounds
   // the gradients of h and c that leave a step backwards. kernels (auto, stepwise, persistent,
-  // split or cluster) is for CUDA. allow_tf32: float32 products may be less exact, in TF32 or, on a
-  // CPU with AMX, of two bfloat16 terms. No defaults: what register_autograd is given would depend
-  // on whether the caller leaves them out.
+  // handoff, split or cluster) is for CUDA. allow_tf32: float32 products may be less exact, in TF32
+  // or, on a CPU with AMX, of two bfloat16 terms. No defaults: what register_autograd is given
+  // would depend on whether the caller leaves them out.
   m.def(
       "layer_forward(Tensor input, Tensor? hx, Tensor? cx, Tensor? reset_hx, Tensor? reset_cx, "
       "Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, "

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "csrc/cuda/cluster_block.cuh"
+#include "csrc/cuda/gradient_parts.cuh"
 #include "csrc/cuda/persistent_backward.cuh"
 
 namespace rnn_fused::persistent {
@@ -40,9 +41,8 @@ class ClusterBackward : BackwardUnits<Policy, kCell, kUnits> {
                                              int tile, float* shared, uint64_t* full)
       : Units(p, direction, gpu::cluster_rank(), tile, shared, tile),
         first_(first),
-        parts_(this->behind_state(tile)),
-        grads_(reinterpret_cast<T*>(parts_ + 2 * gpu::cluster_size() * tile * kUnits)),
-        full_(full) {
+        parts_(tile, this->behind_state(tile), full),
+        grads_(reinterpret_cast<T*>(parts_.behind())) {
     this->begin_state(first, count());
     load_weights();
     // Zeros where the product reads what is no unit's gradient: it multiplies them by zeros, and so
@@ -57,9 +57,8 @@ class ClusterBackward : BackwardUnits<Policy, kCell, kUnits> {
     const auto [begin, end] = cluster_steps(p_, down, first_, tile_, p_.steps());
     Step now = step(begin), next = step(begin + 1);
     if (threadIdx.x == 0 && begin < end) {
-      gpu::make_barrier(&full_[0], 1);
-      gpu::make_barrier(&full_[1], 1);
-      expect(0, now);
+      parts_.begin();
+      parts_.expect(0, rows(now));
     }
     // Everybody's barriers are ready, and all of grads.
     gpu::cluster_arrive();
@@ -75,13 +74,13 @@ class ClusterBackward : BackwardUnits<Policy, kCell, kUnits> {
       });
       // Before anybody sends for step i + 1: they do not before they have what this block sends
       // below. Then all threads have also read the parts of step i - 1, which that overwrites.
-      if (threadIdx.x == 0 && !last) expect(1 - buffer, next);
+      if (threadIdx.x == 0 && !last) parts_.expect(1 - buffer, rows(next));
       __syncthreads();
       multiply_and_send(buffer, rows(now));
       const Step after = step(begin + i + 2);
       if (!last) this->load_saved(next, after, first_);
-      gpu::wait_for_phase(&full_[buffer], i / 2 % 2);
-      this->add_product(now, border, first_, 0, [&](int b) { return sum_of_parts(buffer, b); });
+      parts_.wait(buffer, static_cast<uint32_t>(i / 2));
+      this->add_product(now, border, first_, 0, [&](int b) { return parts_.sum(buffer, b); });
       now = next;
       next = after;
     }
@@ -95,16 +94,6 @@ class ClusterBackward : BackwardUnits<Policy, kCell, kUnits> {
 
   __device__ int64_t count() const { return min(static_cast<int64_t>(tile_), p_.B - first_); }
   __device__ int rows(Step step) const { return cluster_rows(step, first_, tile_); }
-
-  // The transaction that brings all blocks' parts of a step, this one's too.
-  __device__ void expect(int buffer, Step step) {
-    gpu::expect_bytes(&full_[buffer], gpu::cluster_size() * rows(step) * kUnits * sizeof(float));
-  }
-
-  // One block's part of dh.
-  __device__ float* part(int buffer, int rank, int b) const {
-    return parts_ + ((buffer * gpu::cluster_size() + rank) * tile_ + b) * kUnits;
-  }
 
   // K is [gate, unit of the block]. Two buffers, so that a warp may come to the next step while
   // another still multiplies.
@@ -166,31 +155,15 @@ class ClusterBackward : BackwardUnits<Policy, kCell, kUnits> {
         for (int i = 0; i < kTogether; ++i)
           Policy::quads(d[i], [&](int b, int unit, float4 sums) {
             unit += first_of(round + i);
-            if (first + b < rows && unit < units) send(buffer, first + b, unit, sums);
+            if (first + b < rows && unit < units) parts_.send(buffer, first + b, unit, sums);
           });
       }
     }
   }
 
-  // Four units of one sequence to their block.
-  __device__ __forceinline__ void send(int buffer, int b, int unit, float4 sums) {
-    const int to = unit / kUnits;
-    gpu::store_async(gpu::shared_of(part(buffer, gpu::cluster_rank(), b) + unit % kUnits, to),
-                     bits_of(sums), gpu::shared_of(&full_[buffer], to));
-  }
-
-  __device__ __forceinline__ float sum_of_parts(int buffer, int b) const {
-    float sum = 0;
-#pragma unroll 4
-    for (int rank = 0; rank < static_cast<int>(gpu::cluster_size()); ++rank)
-      sum += part(buffer, rank, b)[Owned::unit()];
-    return sum;
-  }
-
-  const int first_;       // sequence of the cluster
-  float* const parts_;    // [2, blocks, tile, kUnits]
-  T* const grads_;        // [2, tile, kPitch]
-  uint64_t* const full_;  // [2]
+  const int first_;  // sequence of the cluster
+  const GradientParts<kUnits, 0> parts_;
+  T* const grads_;  // [2, tile, kPitch]
   Eight<T> weights_[kRuns][kRounds][kOctets];
 };
 

@@ -2,8 +2,7 @@
 
 #include <stdexcept>
 
-#include "csrc/cuda/persistent_block.cuh"
-#include "csrc/cuda/persistent_product.cuh"
+#include "csrc/cuda/exchange.cuh"
 
 namespace rnn_fused {
 
@@ -38,8 +37,7 @@ void with_policy(const CudaPlan& plan, DType dtype, Precision precision, const B
 int64_t persistent_workspace(const CudaPlan& plan, const LayerShape& shape, bool backward) {
   using namespace persistent;
   if (plan.family == Family::cluster) return 0;
-  const int64_t values = backward ? exchanged_values(shape, kBackwardSlots, gate_count(shape.cell))
-                                  : exchanged_values(shape, kForwardSlots, 1);
+  const int64_t values = exchanged_values(shape, backward, plan.family == Family::handoff);
   return kBarrierBytes + shape.directions * values * (shape.dtype == DType::f32 ? 4 : 2);
 }
 

@@ -12,6 +12,7 @@
 
 #include "csrc/core/cells.h"
 #include "csrc/core/params.h"
+#include "csrc/cuda/exchange.cuh"
 #include "csrc/cuda/math.cuh"
 #include "csrc/cuda/persistent_block.cuh"
 #include "csrc/cuda/persistent_product.cuh"
@@ -157,15 +158,6 @@ class BackwardUnits {
   // through hn.
   __device__ static constexpr int saved_gate(int group) { return kGru && group == 2 ? 3 : group; }
 
-  // Zeros behind the last unit: the product multiplies them by zeros, and so they must be no NaN.
-  __device__ __forceinline__ void begin_exchange(const GradientExchange<T, kCell>& exchange) const {
-    Owned::for_all_sequences(!owns() && unit_ < exchange.pitch() ? p_.B : 0, tile_, [&](int b) {
-      for (int slot = 0; slot < kBackwardSlots; ++slot)
-        for (int group = 0; group < G; ++group)
-          exchange.row(slot, b, group)[unit_] = static_cast<T>(0.0f);
-    });
-  }
-
   // Adds what W_hh gives the h before. sum_of(b): of the pass's sequence.
   template <class Sum>
   __device__ __forceinline__ void add_product(Step now, Step border, int first, int in_state,
@@ -224,34 +216,74 @@ class BackwardUnits {
   Saved saved_[kOwn] = {};
 };
 
-template <class Policy, Cell kCell, int kBlocks>
-class Backward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
-  static constexpr int kUnits = units_of(kBlocks), kPitch = sum_pitch(1, kUnits);
+// The same in a grid whose blocks exchange the gradients of the gates.
+template <class Policy, Cell kCell, int kUnits>
+class ExchangedBackwardUnits : protected BackwardUnits<Policy, kCell, kUnits> {
   using Units = BackwardUnits<Policy, kCell, kUnits>;
+
+ protected:
+  using typename Units::T;
+  using Units::p_;
+  using Units::tile_;
+
+  // state: behind it is what is staged.
+  __device__ __forceinline__ ExchangedBackwardUnits(const BackwardParams& p, int direction,
+                                                    int tile, float* state, bool handoff,
+                                                    void* workspace)
+      : Units(p, direction, blockIdx.x, tile, state, p.B),
+        exchange_(p, direction, this->first_unit_, tile, handoff, workspace,
+                  reinterpret_cast<T*>(this->behind_state(p.B))) {
+    this->begin_state(0, p.B);
+  }
+
+  // The gradients of a step's gates, to all blocks and from them. What the next step needs of the
+  // saved tensors is read meanwhile. i: of the launch. after: the step behind the next one.
+  __device__ __forceinline__ void exchange(int64_t i, bool last, Step now, Step next, Step after,
+                                           Step border, gpu::GridBarrier& barrier) {
+    for (int first = 0; first < now.active; first += tile_) {
+      if (first > 0) {
+        __syncthreads();  // what was staged has been published
+        this->load_saved(now, next, first);
+      }
+      this->differentiate(now, border, first, first, [&](int b, int group, T gradient) {
+        exchange_.stage(b, group, gradient);
+      });
+      __syncthreads();
+      exchange_.publish(exchange_.slot_of(i), first, pass_size(now.active, first, tile_));
+    }
+    exchange_.announce(i, barrier);
+    if (!last) this->load_saved(next, after, 0);
+    exchange_.await(i, barrier);
+  }
+
+  const Exchange<T, gate_count(kCell), kUnits, 0> exchange_;
+};
+
+template <class Policy, Cell kCell, int kBlocks>
+class Backward : ExchangedBackwardUnits<Policy, kCell, units_of(kBlocks)> {
+  static constexpr int kUnits = units_of(kBlocks), kPitch = sum_pitch(1, kUnits);
+  using Units = ExchangedBackwardUnits<Policy, kCell, kUnits>;
   using typename Units::Owned;
   using typename Units::T;
   using Units::dir_;
   using Units::direction_;
+  using Units::exchange_;
   using Units::p_;
   using Units::tile_;
 
  public:
   // shared: [plan.shared_bytes]
   __device__ __forceinline__ Backward(const BackwardParams& p, int direction, int tile,
-                                      float* shared, void* workspace)
-      : Units(p, direction, blockIdx.x, tile, shared + kWarps * tile * kPitch, p.B),
-        exchange_(p, direction, workspace),
+                                      float* shared, bool handoff, void* workspace)
+      : Units(p, direction, tile, shared + kWarps * tile * kPitch, handoff, workspace),
         sums_(shared),
-        product_(static_cast<int>(p.H), this->behind_state(p.B),
+        product_(static_cast<int>(p.H), exchange_.behind_staged(tile),
                  [&](int, int gate, int of_block, int k) {
                    const int unit = this->first_unit_ + of_block;
                    const T* const weights = static_cast<const T*>(dir_.weight_hh);
                    return gather_eight(weights + (gate * p.H + k) * p.H + unit, p.H,
                                        unit < p.H ? static_cast<int>(p.H) - k : 0);
-                 }) {
-    this->begin_state(0, p.B);
-    this->begin_exchange(exchange_);
-  }
+                 }) {}
 
   __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
     const bool down = direction_ == 0;
@@ -259,21 +291,11 @@ class Backward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
     Step now = step_at(p_, down, begin), next = step_at(p_, down, begin + 1);
     this->load_saved(now, next, 0);
     for (int64_t s = begin; s < end; ++s) {
-      const int slot = static_cast<int>(s % 2);
-      const Step border = down ? now : next;
-      for (int first = 0; first < now.active; first += tile_) {
-        if (first > 0) this->load_saved(now, next, first);
-        this->differentiate(now, border, first, first, [&](int b, int group, T gradient) {
-          exchange_.row(slot, first + b, group)[this->unit_] = gradient;
-        });
-      }
-      const Step after = step_at(p_, down, s + 2);
-      barrier.arrive();
-      if (s + 1 < end) this->load_saved(next, after, 0);
-      barrier.wait();
+      const Step border = down ? now : next, after = step_at(p_, down, s + 2);
+      this->exchange(s - begin, s + 1 == end, now, next, after, border, barrier);
       for (int first = 0; first < now.active; first += tile_) {
         if (first > 0) __syncthreads();  // the sums of the pass before have been read
-        multiply(slot, now, first);
+        multiply(exchange_.slot_of(s - begin), now, first);
         __syncthreads();
         this->add_product(now, border, first, first, [&](int b) {
           float sums[1] = {};
@@ -292,14 +314,11 @@ class Backward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
   __device__ __forceinline__ void multiply(int slot, Step now, int first) {
     product_.multiply(
         pass_size(now.active, first, tile_),
-        [&](int b, int group, int k) {
-          return load_exchanged(exchange_.row(slot, first + b, group), k, static_cast<int>(p_.H));
-        },
-        tile_, sums_);
+        [&](int b, int group, int k) { return exchange_.load(slot, first + b, group, k); }, tile_,
+        sums_, exchange_.handoff());
   }
 
-  const GradientExchange<T, kCell> exchange_;
-  float* const sums_;  // [kWarps, tile, kPitch]; behind them the state, and the weights
+  float* const sums_;  // [kWarps, tile, kPitch]; behind them the state, what is staged, weights
   const Product<Policy, kUnits, 1, gate_count(kCell), kBlocks> product_;
 };
 
@@ -307,10 +326,10 @@ class Backward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
 template <class Policy, Cell kCell, int kBlocks>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy::T), kBlocks))
     backward_kernel(const __grid_constant__ BackwardParams p, int first_direction, int tile,
-                    void* workspace) {
+                    bool handoff, void* workspace) {
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
   const int direction = first_direction + blockIdx.y;
-  Backward<Policy, kCell, kBlocks> block(p, direction, tile, shared, workspace);
+  Backward<Policy, kCell, kBlocks> block(p, direction, tile, shared, handoff, workspace);
   block.run(barrier_of(workspace, direction));
 }
 

@@ -60,57 +60,6 @@ struct Own {
   }
 };
 
-// The workspace begins with a counter for each direction's barrier, in a cache line of its own;
-// behind them are the directions' exchanges.
-constexpr int kBarrierStride = 32;
-constexpr int kBarrierBytes = 2 * kBarrierStride * sizeof(uint32_t);
-
-__device__ inline gpu::GridBarrier barrier_of(void* workspace, int direction) {
-  return {static_cast<uint32_t*>(workspace) + direction * kBarrierStride, gridDim.x};
-}
-
-// What the blocks of a direction read of each other goes through a buffer in device memory: rows of
-// H values, one of each group for each sequence, in several slots. A step writes its slot before
-// the barrier that the readers wait for. Two slots for the steps are enough: who writes one again
-// has passed a barrier that its readers reached behind their reads.
-//
-// Not through the tensors that hold the same in the end, since their rows need not be aligned.
-
-// Slots of h: those of the steps, of h0, and of the state after a reset. And those of the gates' gradients.
-constexpr int kForwardSlots = 4, kInitialSlot = 2, kResetSlot = 3;
-constexpr int kBackwardSlots = 2;
-
-RNN_FUSED_HD constexpr int64_t exchange_pitch(int64_t H) { return (H + 7) / 8 * 8; }
-constexpr int64_t exchanged_values(const LayerShape& s, int slots, int groups) {
-  return s.B * slots * groups * exchange_pitch(s.H);
-}
-
-template <class T, int kSlots, int kGroups>
-class Exchange {
- public:
-  __device__ Exchange(const LayerShape& s, int direction, void* workspace)
-      : s_(s), direction_(direction), workspace_(static_cast<char*>(workspace) + kBarrierBytes) {}
-
-  // [pitch], aligned to 16 bytes.
-  __device__ T* row(int slot, int sequence, int group) const {
-    const int B = static_cast<int>(s_.B);
-    return reinterpret_cast<T*>(workspace_) +
-           (int64_t{direction_ * kSlots + slot} * B + sequence) * (kGroups * pitch()) +
-           group * pitch();
-  }
-  __device__ int pitch() const { return static_cast<int>(exchange_pitch(s_.H)); }
-
- private:
-  const LayerShape& s_;
-  const int direction_;
-  char* const workspace_;  // [directions, kSlots, B, kGroups, pitch]
-};
-
-template <class T>
-using HiddenExchange = Exchange<T, kForwardSlots, 1>;
-template <class T, Cell kCell>
-using GradientExchange = Exchange<T, kBackwardSlots, gate_count(kCell)>;
-
 template <class T>
 __device__ inline float value_or_zero(const void* from, int64_t i) {
   return from ? static_cast<float>(static_cast<const T*>(from)[i]) : 0;
@@ -129,28 +78,6 @@ void with_kernels_of(Cell cell, const Body& body) {
     case Cell::rnn_tanh:
     case Cell::rnn_relu: return body(std::integral_constant<Cell, Cell::rnn_tanh>());
   }
-}
-
-// kernel_of(cell, k_blocks): the kernel for these std::integral_constants.
-template <class Params, class KernelOf>
-void launch_persistent(const CudaPlan& plan, const Params& params, void* workspace,
-                       cudaStream_t stream, KernelOf kernel_of) {
-  const auto launch = [&](void (*kernel)(Params, int, int, void*)) {
-    const int directions = params.directions / plan.launches;
-    const dim3 grid(static_cast<unsigned>(plan.blocks / directions), directions);
-    gpu::zero(workspace, kBarrierBytes, stream);
-    for (int first = 0; first < params.directions; first += directions)
-      gpu::launch_cooperative(plan.cluster, kernel, grid, kThreads, plan.shared_bytes, stream,
-                              params, first, plan.batch_tile, workspace);
-  };
-  with_kernels_of(params.cell, [&](auto cell) {
-    switch (compiled_blocks(plan)) {
-      case 1: return launch(kernel_of(cell, std::integral_constant<int, 1>()));
-      case 2: return launch(kernel_of(cell, std::integral_constant<int, 2>()));
-      case 4: return launch(kernel_of(cell, std::integral_constant<int, 4>()));
-      case 8: return launch(kernel_of(cell, std::integral_constant<int, 8>()));
-    }
-  });
 }
 
 }  // namespace rnn_fused::persistent

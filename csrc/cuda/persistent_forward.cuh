@@ -13,6 +13,7 @@
 
 #include "csrc/core/cells.h"
 #include "csrc/core/params.h"
+#include "csrc/cuda/exchange.cuh"
 #include "csrc/cuda/math.cuh"
 #include "csrc/cuda/persistent.h"
 #include "csrc/cuda/persistent_block.cuh"
@@ -182,14 +183,16 @@ class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks), kWarps> {
  public:
   // shared: [plan.shared_bytes]
   __device__ __forceinline__ Forward(const ForwardParams& p, int direction, int tile, float* shared,
-                                     void* workspace)
+                                     bool handoff, void* workspace)
       : Units(p, direction, blockIdx.x, tile, shared),
-        exchange_(p, direction, workspace),
+        exchange_(p, direction, this->first_unit_, tile, handoff, workspace,
+                  reinterpret_cast<T*>(this->behind_state(p.B))),
         product_(
-            static_cast<int>(p.H), this->behind_state(p.B),
+            static_cast<int>(p.H), exchange_.behind_staged(tile),
             [&](int gate, int, int unit, int k) { return this->load_weights(gate, unit, k); }) {
     this->begin_state(0, p_.B);
-    begin_h();
+    publish_state(kInitialSlot, dir_.h0);
+    if (p.resets) publish_state(kResetSlot, dir_.reset_h);
   }
 
   __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
@@ -199,47 +202,45 @@ class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks), kWarps> {
     this->load_input(now, 0);
     barrier.wait();
     for (int64_t s = 0; s < p_.T; ++s) {
-      const int slot = static_cast<int>(s % 2);
       const Step border = down ? before : now;
       const Step next = step_at(p_, down, s + 1);
       for (int first = 0; first < now.active; first += tile_) {
-        if (first > 0) {
-          __syncthreads();  // the sums of the pass before have been read
-          this->load_input(now, first);
-        }
-        multiply(1 - slot, before, now, border, first);
+        if (first > 0) this->load_input(now, first);
+        multiply(s, before, now, border, first);
         __syncthreads();
         this->activate(now, next, border, first, first,
-                       [&](int b, T h) { exchange_.row(slot, first + b, 0)[this->unit_] = h; });
+                       [&](int b, T h) { exchange_.stage(b, 0, h); });
+        __syncthreads();  // and the sums have been read
+        exchange_.publish(exchange_.slot_of(s), first, pass_size(now.active, first, tile_));
       }
       if (s + 1 == p_.T) break;
-      barrier.arrive();
+      exchange_.announce(s, barrier);
       this->load_input(next, 0);
-      barrier.wait();
+      exchange_.await(s, barrier);
       before = now;
       now = next;
     }
   }
 
  private:
-  // The block's units of the states that are given, for all blocks. Zeros behind the last unit: the
-  // product multiplies them by zeros, and so they must be no NaN.
-  __device__ __forceinline__ void begin_h() {
-    Owned::for_all_sequences(this->unit_ < exchange_.pitch() ? p_.B : 0, tile_, [&](int b) {
-      const auto put = [&](int slot, float h) {
-        exchange_.row(slot, b, 0)[this->unit_] = static_cast<T>(h);
-      };
-      const int64_t i = b * p_.H + this->unit_;
-      put(kInitialSlot, this->owns() ? value_or_zero<T>(dir_.h0, i) : 0);
-      put(kResetSlot, this->owns() ? value_or_zero<T>(dir_.reset_h, i) : 0);
-      if (!this->owns()) put(0, 0), put(1, 0);
-    });
+  // The block's units of a state that is given, for all blocks.
+  __device__ __forceinline__ void publish_state(int slot, const void* state) {
+    for (int first = 0; first < p_.B; first += tile_) {
+      const int count = pass_size(static_cast<int>(p_.B), first, tile_);
+      Owned::for_sequences(this->owns() ? count : 0, [&](int, int b) {
+        exchange_.stage(b, 0, static_cast<const T*>(state)[(first + b) * p_.H + this->unit_]);
+      });
+      __syncthreads();
+      exchange_.publish(slot, first, count);
+      __syncthreads();
+    }
   }
 
   // W_hh h of one pass: of the h that a sequence left in the step before, of h0 where it begins
   // now, of reset_h where it was reset.
-  __device__ __forceinline__ void multiply(int slot_before, Step before, Step now, Step border,
+  __device__ __forceinline__ void multiply(int64_t s, Step before, Step now, Step border,
                                            int first) {
+    const int slot_before = s > 0 ? exchange_.slot_of(s - 1) : kInitialSlot;
     product_.multiply(
         pass_size(now.active, first, tile_),
         [&](int b, int, int k) {
@@ -247,12 +248,12 @@ class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks), kWarps> {
           const int slot = is_reset(p_, border, sequence) ? kResetSlot
                            : sequence < before.active     ? slot_before
                                                           : kInitialSlot;
-          return load_exchanged(exchange_.row(slot, sequence, 0), k, static_cast<int>(p_.H));
+          return exchange_.load(slot, sequence, 0, k);
         },
-        tile_, this->sums_);
+        tile_, this->sums_, exchange_.handoff());
   }
 
-  const HiddenExchange<T> exchange_;
+  const Exchange<T, 1, units_of(kBlocks), kGivenSlots> exchange_;
   const Product<Policy, units_of(kBlocks), gate_count(kCell), 1, kBlocks> product_;
 };
 
@@ -260,10 +261,10 @@ class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks), kWarps> {
 template <class Policy, Cell kCell, int kBlocks>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy::T), kBlocks))
     forward_kernel(const __grid_constant__ ForwardParams p, int first_direction, int tile,
-                   void* workspace) {
+                   bool handoff, void* workspace) {
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
   const int direction = first_direction + blockIdx.y;
-  Forward<Policy, kCell, kBlocks> block(p, direction, tile, shared, workspace);
+  Forward<Policy, kCell, kBlocks> block(p, direction, tile, shared, handoff, workspace);
   block.run(barrier_of(workspace, direction));
 }
 

@@ -26,6 +26,9 @@
 
 namespace rnn_fused::persistent {
 
+// All bits set: no value that has been computed, which are whole words of memory.
+constexpr uint32_t kBlank = 0xffffffff;
+
 // Eight consecutive values of a row, as bits.
 template <class T>
 struct Eight {
@@ -33,6 +36,14 @@ struct Eight {
   uint32_t words[kWords] = {};
 
   __device__ __forceinline__ float value(int i) const { return __uint_as_float(words[i]); }
+
+  // kBlank where it has any.
+  __device__ __forceinline__ uint32_t largest() const {
+    uint32_t all = 0;
+#pragma unroll
+    for (uint32_t word : words) all = max(all, word);
+    return all;
+  }
 
   __device__ __forceinline__ uint4 quad(int q) const {
     return {words[4 * q], words[4 * q + 1], words[4 * q + 2], words[4 * q + 3]};
@@ -66,21 +77,21 @@ __device__ __forceinline__ Eight<T> gather_eight(const T* from, int64_t stride, 
   return eight;
 }
 
-// The values [k, k + 8) of a row of an exchange; zeros for k from H on.
+// Consecutive ones, aligned to 16 bytes.
 template <class T>
-__device__ __forceinline__ Eight<T> load_exchanged(const T* row, int k, int H) {
+__device__ __forceinline__ Eight<T> load_aligned(const T* from) {
   Eight<T> eight;
-  if (k >= H) return eight;
 #pragma unroll
   for (int q = 0; q < Eight<T>::kQuads; ++q)
-    eight.set_quad(q, gpu::load_relaxed(reinterpret_cast<const uint4*>(row + k) + q));
+    eight.set_quad(q, gpu::load_relaxed(reinterpret_cast<const uint4*>(from) + q));
   return eight;
 }
 
 // Consecutive ones of any row, or of one in a matrix that is aligned.
 template <class T>
 __device__ __forceinline__ Eight<T> load_eight(bool aligned, const T* from, int count) {
-  return aligned ? load_exchanged(from, 0, count) : gather_eight(from, 1, count);
+  if (!aligned) return gather_eight(from, 1, count);
+  return count > 0 ? load_aligned(from) : Eight<T>();
 }
 
 // Whether each row of a matrix [rows, H] begins and ends at a multiple of 16 bytes.
@@ -320,25 +331,32 @@ class Product {
 
   // read(b, group, k): the Eight<T> that X has from [group, k] on for sequence b < count.
   // sums: [kKWarps, tile, kPitch]; what a warp writes begins at its first sequence, and ends at
-  // `count` rounded up to kSequences.
+  // `count` rounded up to kSequences. polls: what is blank is on the way, and so read again.
   template <class Read>
-  __device__ __forceinline__ void multiply(int count, Read read, int tile, float* sums) const {
+  __device__ __forceinline__ void multiply(int count, Read read, int tile, float* sums,
+                                           bool polls = false) const {
     constexpr int kStep = kTiles * Policy::kSequences;
     sums += warp() % kKWarps * tile * kPitch;
     const int lane = threadIdx.x % 32;
     Eight<T> x[kOperands][Policy::kRows];
-    // The first round only reads, so that the code of a read stands here once.
+    // The round before `low` only reads, so that the code of a read stands here once.
+    int low = 0;
     for (int first = -kStep; first < count; first += kStep) {
+      uint32_t largest = 0;
       float d[kTiles][kOctets][kColumns][4] = {};
 #pragma unroll
       for (int i = 0; i < kStepItems; ++i) {
         auto& operand = x[i % kOperands];
-        if (first >= 0 && first + i / kItems * Policy::kSequences < count && run(i % kItems) < H_)
+        if (first >= low && first + i / kItems * Policy::kSequences < count &&
+            run(i % kItems) < H_) {
+#pragma unroll
+          for (int r = 0; r < Policy::kRows; ++r) largest = max(largest, operand[r].largest());
           add(d[i / kItems], operand, i % kItems);
+        }
         // What has been multiplied makes room for what comes kOperands later.
         const int next = (i + kOperands) % kStepItems, item = next % kItems;
         const int next_first = first + (i + kOperands < kStepItems ? 0 : kStep);
-        if (next_first < 0 || next_first >= count || run(item) >= H_) continue;
+        if (next_first < low || next_first >= count || run(item) >= H_) continue;
 #pragma unroll
         for (int r = 0; r < Policy::kRows; ++r) {
           const int b = next_first + next / kItems * Policy::kSequences + Policy::sequence(lane, r);
@@ -346,7 +364,15 @@ class Product {
             operand[r] = read(b, item % kGroups, own_k(item));
         }
       }
-      if (first < 0) continue;
+      if (first < low) continue;
+      // Products of what is blank are worth nothing. It takes a trip to L2 to know more, which is
+      // not much longer than to multiply again.
+      if (polls && __any_sync(~0u, largest == kBlank)) {
+        gpu::spin_pause();
+        low = first;
+        first -= 2 * kStep;
+        continue;
+      }
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
         const int b = first + i * Policy::kSequences;

@@ -39,7 +39,8 @@ int64_t shared_bytes(const LayerShape& s, const CudaPlan& plan, int64_t element_
   const int64_t biases = backward ? 0 : saved_count(s.cell) * units;
   const int64_t weights =
       int64_t{plan.k_blocks - plan.register_blocks} * kWarps * kRun * gates * units * element_bytes;
-  return (sums + parts + biases + state) * static_cast<int64_t>(sizeof(float)) + weights;
+  const int64_t staged = int64_t{tile} * (backward ? gates : 1) * units * element_bytes;
+  return (sums + parts + biases + state) * static_cast<int64_t>(sizeof(float)) + staged + weights;
 }
 
 // Of a block of a cluster.
@@ -164,9 +165,9 @@ CudaPlan plan_cluster(const LayerShape& s, const GpuProperties& gpu, bool backwa
 }  // namespace
 
 std::optional<Family> family_named(const std::string& name) {
-  for (Family family : {Family::stepwise, Family::persistent, Family::split, Family::cluster})
-    if (name == kFamilyNames[static_cast<int>(family)]) return family;
-  return {};
+  const auto found = std::find(std::begin(kFamilyNames), std::end(kFamilyNames), name);
+  if (found == std::end(kFamilyNames)) return {};
+  return static_cast<Family>(found - std::begin(kFamilyNames));
 }
 
 int64_t resident_clusters(const GpuProperties& gpu, int blocks) {
@@ -201,7 +202,7 @@ CudaPlan plan_cuda(const LayerShape& s, Precision precision, const GpuProperties
       if (units == units_of(kMaxNarrowBlocks) && s.H > kMaxNarrow) continue;
       CudaPlan plan = plan_persistent(s, gpu, backward, units, launches,
                                       split && backward ? gate_count(s.cell) : 1);
-      if (split && plan.family == Family::persistent) plan.family = Family::split;
+      if (forced && plan.family == Family::persistent) plan.family = *forced;
       const bool runs = plan.family != Family::stepwise;
       if (runs && forced) return plan;
       const double its = runs ? predict_step(s, precision, gpu, plan, backward).total() : 0;

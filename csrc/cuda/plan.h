@@ -17,9 +17,10 @@ struct GpuProperties {
   int64_t shared_per_block;  // bytes, with opt-in
 };
 
-// split: persistent, but backward the blocks of a cluster divide the gates among them.
-enum class Family { stepwise, persistent, split, cluster };
-constexpr const char* kFamilyNames[] = {"stepwise", "persistent", "split", "cluster"};
+// handoff: persistent, but no step waits for a barrier, only for what it reads. split: persistent,
+// but backward the blocks of a cluster divide the gates among them.
+enum class Family { stepwise, persistent, handoff, split, cluster };
+constexpr const char* kFamilyNames[] = {"stepwise", "persistent", "handoff", "split", "cluster"};
 std::optional<Family> family_named(const std::string& name);
 
 // Of float32 products; 16-bit types have but one.

@@ -9,6 +9,7 @@ constexpr double kClock = 1750;  // cycles a microsecond
 
 // Microseconds.
 constexpr double kGridBarrier = 1.3;  // h is stored, announced and read: three trips through L2
+constexpr double kHandoff = 0.7;      // stored and read, and half a read that comes too early
 constexpr double kClusterTrip = 0.2;  // a trip from SM to SM, the poll, and two block barriers
 constexpr double kLaunch = 3.5;       // most of it the host's, which enqueues the steps one by one
 
@@ -76,7 +77,7 @@ struct Model {
     const double columns = backward ? 1 : G, groups = backward ? G : 1;
     const double read = groups * B * H * bytes / plan.cluster;  // by every block
     StepCost cost;
-    cost.waits = kGridBarrier * kClock;
+    cost.waits = (plan.family == Family::handoff ? kHandoff : kGridBarrier) * kClock;
     cost.traffic = std::max(read / kL2OfSm, read * static_cast<double>(plan.blocks) / kL2OfGpu);
     cost.shared = (sums(B, persistent::kWarps, columns, plan.units * plan.cluster) +
                    weights(B, persistent::kWarps * persistent::kRun)) /
@@ -140,6 +141,7 @@ StepCost predict_step(const LayerShape& shape, Precision precision, const GpuPro
   const Model model = {shape, precision, gpu, plan, backward};
   switch (plan.family) {
     case Family::persistent:
+    case Family::handoff:
     case Family::split: return model.persistent();
     case Family::cluster: return model.cluster();
     case Family::stepwise: break;

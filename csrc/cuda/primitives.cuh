@@ -139,9 +139,9 @@ void launch_clusters(unsigned cluster, void (*kernel)(P...), dim3 grid, dim3 blo
   launch_with(&dimension, 1, kernel, grid, block, shared_bytes, stream, args...);
 }
 
-// Zeroes device memory in the order of the stream.
-inline void zero(void* p, size_t bytes, cudaStream_t stream) {
-  CHECK_CUDA("launch", cudaMemsetAsync(p, 0, bytes, stream));
+// Fills device memory with a byte in the order of the stream.
+inline void fill(void* p, int byte, size_t bytes, cudaStream_t stream) {
+  CHECK_CUDA("launch", cudaMemsetAsync(p, byte, bytes, stream));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -316,6 +316,13 @@ __device__ __forceinline__ void store_relaxed(uint32_t* p, uint32_t v) {
 
 __device__ __forceinline__ void store_relaxed(uint64_t* p, uint64_t v) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+
+// st.relaxed.gpu.v4.u32: whole words, as load_relaxed.
+__device__ __forceinline__ void store_relaxed(uint4* p, uint4 v) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -9,18 +9,19 @@
 // = 32: 4 KiB).
 #pragma once
 
+#include "csrc/cuda/gradient_parts.cuh"
 #include "csrc/cuda/persistent_backward.cuh"
 
 namespace rnn_fused::persistent {
 
 template <class Policy, Cell kCell, int kBlocks>
-class SplitBackward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
+class SplitBackward : ExchangedBackwardUnits<Policy, kCell, units_of(kBlocks)> {
   static constexpr int kUnits = units_of(kBlocks);
-  using Units = BackwardUnits<Policy, kCell, kUnits>;
-  using typename Units::Owned;
+  using Units = ExchangedBackwardUnits<Policy, kCell, kUnits>;
   using typename Units::T;
   using Units::dir_;
   using Units::direction_;
+  using Units::exchange_;
   using Units::G;
   using Units::p_;
   using Units::tile_;
@@ -29,27 +30,21 @@ class SplitBackward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
  public:
   // shared: [plan.shared_bytes]. full: [2] mbarriers.
   __device__ __forceinline__ SplitBackward(const BackwardParams& p, int direction, int tile,
-                                           float* shared, void* workspace, uint64_t* full)
-      : Units(p, direction, blockIdx.x, tile, shared + (kWarps * kPitch + 2 * kOfCluster) * tile,
-              p.B),
-        exchange_(p, direction, workspace),
+                                           float* shared, bool handoff, void* workspace,
+                                           uint64_t* full)
+      : Units(p, direction, tile, shared + (kWarps * kPitch + 2 * kOfCluster) * tile, handoff,
+              workspace),
         sums_(shared),
-        parts_(shared + kWarps * kPitch * tile),
-        full_(full),
+        parts_(tile, shared + kWarps * kPitch * tile, full),
         gate_(gpu::cluster_rank()),
-        product_(static_cast<int>(p.H), this->behind_state(p.B),
+        product_(static_cast<int>(p.H), exchange_.behind_staged(tile),
                  [&](int, int, int of_cluster, int k) {
                    const int unit = this->first_unit_ - gate_ * kUnits + of_cluster;
                    const T* const weights = static_cast<const T*>(dir_.weight_hh);
                    return gather_eight(weights + (gate_ * p.H + k) * p.H + unit, p.H,
                                        unit < p.H ? static_cast<int>(p.H) - k : 0);
                  }) {
-    this->begin_state(0, p.B);
-    this->begin_exchange(exchange_);
-    if (threadIdx.x == 0) {
-      gpu::make_barrier(&full_[0], 1);
-      gpu::make_barrier(&full_[1], 1);
-    }
+    if (threadIdx.x == 0) parts_.begin();
   }
 
   __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
@@ -62,30 +57,19 @@ class SplitBackward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
     gpu::cluster_wait();
     uint32_t pass = 0;  // of all steps: it sends by buffer pass % 2, the (pass / 2)-th transaction
     for (int64_t s = begin; s < end; ++s) {
-      const int slot = static_cast<int>(s % 2);
-      const Step border = down ? now : next;
-      for (int first = 0; first < now.active; first += tile_) {
-        if (first > 0) this->load_saved(now, next, first);
-        this->differentiate(now, border, first, first, [&](int b, int gate, T gradient) {
-          exchange_.row(slot, first + b, gate)[this->unit_] = gradient;
-        });
-      }
-      const Step after = step_at(p_, down, s + 2);
-      barrier.arrive();
-      if (s + 1 < end) this->load_saved(next, after, 0);
-      barrier.wait();
+      const Step border = down ? now : next, after = step_at(p_, down, s + 2);
+      this->exchange(s - begin, s + 1 == end, now, next, after, border, barrier);
       for (int first = 0; first < now.active; first += tile_, ++pass) {
         const int buffer = pass % 2, rows = pass_size(now.active, first, tile_);
         if (first > 0) __syncthreads();  // the sums of the pass before have been sent
-        multiply(slot, first, rows);
+        multiply(exchange_.slot_of(s - begin), first, rows);
         // All threads have also read the parts of the pass before. The others overwrite them when
         // they have this pass's of this block.
         __syncthreads();
-        if (threadIdx.x == 0) gpu::expect_bytes(&full_[buffer], rows * kOfCluster * sizeof(float));
+        if (threadIdx.x == 0) parts_.expect(buffer, rows);
         send(buffer, rows);
-        gpu::wait_for_phase(&full_[buffer], pass / 2 % 2);
-        this->add_product(now, border, first, first,
-                          [&](int b) { return sum_of_parts(buffer, b); });
+        parts_.wait(buffer, pass / 2);
+        this->add_product(now, border, first, first, [&](int b) { return parts_.sum(buffer, b); });
       }
       now = next;
       next = after;
@@ -99,23 +83,15 @@ class SplitBackward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
   // The gradients of the block's gate times its part of W_hh^T.
   __device__ __forceinline__ void multiply(int slot, int first, int rows) {
     product_.multiply(
-        rows,
-        [&](int b, int, int k) {
-          return load_exchanged(exchange_.row(slot, first + b, gate_), k, static_cast<int>(p_.H));
-        },
-        tile_, sums_);
-  }
-
-  // What one gate gives the gradients of the h of a block's units.
-  __device__ float* part(int buffer, int gate, int b) const {
-    return parts_ + ((buffer * G + gate) * tile_ + b) * kUnits;
+        rows, [&](int b, int, int k) { return exchange_.load(slot, first + b, gate_, k); }, tile_,
+        sums_, exchange_.handoff());
   }
 
   // The sums of all warps, four units at a time, to the units' blocks.
   __device__ __forceinline__ void send(int buffer, int rows) {
     constexpr int kQuads = kOfCluster / 4;
     for (int i = threadIdx.x; i < rows * kQuads; i += kThreads) {
-      const int b = i / kQuads, unit = i % kQuads * 4, to = unit / kUnits;
+      const int b = i / kQuads, unit = i % kQuads * 4;
       float4 total = {};
 #pragma unroll
       for (int warp = 0; warp < kWarps; ++warp) {
@@ -126,23 +102,13 @@ class SplitBackward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
         total.z += sums.z;
         total.w += sums.w;
       }
-      gpu::store_async(gpu::shared_of(part(buffer, gate_, b) + unit % kUnits, to), bits_of(total),
-                       gpu::shared_of(&full_[buffer], to));
+      parts_.send(buffer, b, unit, total);
     }
   }
 
-  __device__ __forceinline__ float sum_of_parts(int buffer, int b) const {
-    float sum = 0;
-#pragma unroll
-    for (int gate = 0; gate < G; ++gate) sum += part(buffer, gate, b)[Owned::unit()];
-    return sum;
-  }
-
-  const GradientExchange<T, kCell> exchange_;
-  float* const sums_;     // [kWarps, tile, kPitch]
-  float* const parts_;    // [2, G, tile, kUnits]; behind them the state, and the weights
-  uint64_t* const full_;  // [2]
-  const int gate_;        // whose gradients the block multiplies
+  float* const sums_;                     // [kWarps, tile, kPitch]
+  const GradientParts<kUnits, G> parts_;  // behind them the state, what is staged, weights
+  const int gate_;                        // whose gradients the block multiplies
   const Product<Policy, kOfCluster, 1, 1, kBlocks> product_;
 };
 
@@ -150,12 +116,12 @@ class SplitBackward : BackwardUnits<Policy, kCell, units_of(kBlocks)> {
 template <class Policy, Cell kCell, int kBlocks>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy::T), kBlocks))
     split_backward_kernel(const __grid_constant__ BackwardParams p, int first_direction, int tile,
-                          void* workspace) {
+                          bool handoff, void* workspace) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
   RNN_FUSED_SHARED(uint64_t, full, [2]);
   const int direction = first_direction + blockIdx.y;
-  SplitBackward<Policy, kCell, kBlocks> block(p, direction, tile, shared, workspace, full);
+  SplitBackward<Policy, kCell, kBlocks> block(p, direction, tile, shared, handoff, workspace, full);
   block.run(barrier_of(workspace, direction));
 #else
   __trap();

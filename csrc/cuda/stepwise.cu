@@ -253,7 +253,7 @@ class Backward {
     const Workspace& w = workspaces_[d];
     take(dir.grad_h_n, dir.carried_dh, p_.P, w.dh);
     if constexpr (kLstm) take(dir.grad_c_n, dir.carried_dc, p_.H, w.dc);
-    if constexpr (kGru) zero(w.direct, p_.B * p_.H * sizeof(A), stream_);
+    if constexpr (kGru) fill(w.direct, 0, p_.B * p_.H * sizeof(A), stream_);
   }
 
   // dh or dc before the window's first step: the caller's, or what the window before left.

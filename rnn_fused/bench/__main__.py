@@ -34,7 +34,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "grid": ["deepbench_train", "flashrnn", "rl", "everyday"],
         "dtype": ["bfloat16", "float16", "float32"],
         "sections": ["devices", "grid"],
-        "families": ["stepwise", "persistent", "split", "cluster"],
+        "families": ["stepwise", "persistent", "handoff", "split", "cluster"],
         "time_per_row": 0.2,
     },
 }

@@ -15,7 +15,7 @@ from .onnx_layer import OnnxRuntimeLayer
 from .problems import Problem
 
 # Of CUDA kernels, beside the plan's.
-FAMILIES = ("stepwise", "persistent", "split", "cluster", "cudnn")
+FAMILIES = ("stepwise", "persistent", "handoff", "split", "cluster", "cudnn")
 # Other libraries, by the device on which they are compared, and the modules they are.
 PEERS = {"cpu": ("onnxruntime", "jax"), "cuda": ("flashrnn", "haste", "torchrl")}
 OTHERS = tuple(name for names in PEERS.values() for name in names)

@@ -199,15 +199,16 @@ TEST_CASE("weights beyond a wide block's registers are in shared memory") {
       REQUIRE(p.units == 16);
       CHECK(p.k_blocks == 5);
       CHECK(p.register_blocks == std::min(5, in_registers));
-      // [8 warps, 16, 16 units + 8, or 16 * 4 gates + 4] sums, biases, [16, 16] state, and weights:
-      // for each k-block 256 values of h for the units of each gate.
+      // [8 warps, 16, 16 units + 8, or 16 * 4 gates + 4] sums, biases, [16, 16] state, what
+      // is staged, and weights: for each k-block 256 values of h for the units of each gate.
       const int gates = gate_count(cell), state = cell == Cell::rnn_tanh ? backward : 1;
       const int pitch = backward || gates == 1 ? 24 : 68;
       const int biases = backward ? 0 : saved_count(cell) * 16;
+      const int element = dtype == DType::f32 ? 4 : 2;
       const int doubled = backward && cell == Cell::lstm ? 2 : 1;
-      CHECK(p.shared_bytes ==
-            4 * (8 * 16 * pitch + biases + doubled * state * 256) +
-                (5 - p.register_blocks) * 256 * 16 * gates * (dtype == DType::f32 ? 4 : 2));
+      CHECK(p.shared_bytes == 4 * (8 * 16 * pitch + biases + doubled * state * 256) +
+                                  element * (16 * 16 * (backward ? gates : 1) +
+                                             (5 - p.register_blocks) * 256 * 16 * gates));
     }
   CHECK(mentions(plan(shape(16, 1030, 1, Cell::lstm, DType::f32), kH100), "shared memory"));
 }
@@ -216,12 +217,16 @@ TEST_CASE("shared memory holds the sums of a batch tile and the state of every s
   CHECK(plan(shape(1, 64), kH100).batch_tile == 16);
   CHECK(plan(shape(33, 64), kH100).batch_tile == 48);
   CHECK(plan(shape(1000, 64), kH100).batch_tile == 64);
-  // [8 warps, tile, 8 units * 4 gates + 4] sums, [4, 8] biases, [B, 8] c
-  CHECK(plan(shape(70, 64), kH100).shared_bytes == 4 * (8 * 64 * 36 + 32 + 70 * 8));
-  CHECK(plan(shape(70, 64, 1, Cell::rnn_relu), kH100).shared_bytes == 4 * (8 * 64 * 8 + 8));
-  // [8 warps, tile, 8 units] sums, [2, B, 8] dh and dc; of other cells dh alone
-  CHECK(plan(shape(70, 64), kH100, true).shared_bytes == 4 * (8 * 64 * 8 + 2 * 70 * 8));
-  CHECK(plan(shape(70, 64, 1, Cell::gru), kH100, true).shared_bytes == 4 * (8 * 64 * 8 + 70 * 8));
+  // [8 warps, tile, 8 units * 4 gates + 4] sums, [4, 8] biases, [B, 8] c, and [tile, 8] staged
+  CHECK(plan(shape(70, 64), kH100).shared_bytes == 4 * (8 * 64 * 36 + 32 + 70 * 8) + 2 * 64 * 8);
+  CHECK(plan(shape(70, 64, 1, Cell::rnn_relu), kH100).shared_bytes ==
+        4 * (8 * 64 * 8 + 8) + 2 * 64 * 8);
+  // [8 warps, tile, 8 units] sums, [2, B, 8] dh and dc, of other cells dh alone; [tile,
+  // gates, 8] staged
+  CHECK(plan(shape(70, 64), kH100, true).shared_bytes ==
+        4 * (8 * 64 * 8 + 2 * 70 * 8) + 2 * 4 * 64 * 8);
+  CHECK(plan(shape(70, 64, 1, Cell::gru), kH100, true).shared_bytes ==
+        4 * (8 * 64 * 8 + 70 * 8) + 2 * 3 * 64 * 8);
 
   int64_t last = 64;
   for (int64_t B = 64; B < 8000; B += 64) {
@@ -327,9 +332,10 @@ TEST_CASE("backward the blocks of a cluster divide the gates") {
         CHECK(forward.cluster == 1);
         CHECK(forward.shared_bytes == plan(s, kH100).shared_bytes);
       }
-  // [8 warps, 16, 4 * 8 + 8] sums, [2, 4, 16, 8] parts, dh and dc [16, 8], two barriers
+  // [8 warps, 16, 4 * 8 + 8] sums, [2, 4, 16, 8] parts, dh and dc [16, 8], two barriers, [16, 4,
+  // 8] staged
   CHECK(split(shape(16, 256), kH100).shared_bytes ==
-        4 * (8 * 16 * 40 + 2 * 4 * 16 * 8 + 2 * 16 * 8) + 16);
+        4 * (8 * 16 * 40 + 2 * 4 * 16 * 8 + 2 * 16 * 8) + 16 + 2 * 4 * 16 * 8);
   // Of three gates 120 SMs are in clusters, 15 of each 16.
   CHECK(split(shape(16, 960, 1, Cell::gru), kH100).units == 8);
   CHECK(split(shape(16, 968, 1, Cell::gru), kH100).units == 16);
@@ -342,8 +348,26 @@ TEST_CASE("backward the blocks of a cluster divide the gates") {
   CHECK(mentions(split(shape(16, 64, 1, Cell::rnn_relu), kH100), "one gate is nothing to divide"));
 }
 
+TEST_CASE("blocks that hand off are those of the persistent kernels") {
+  for (int64_t H : {64, 768, 2048})
+    for (int directions : {1, 2})
+      for (bool backward : {false, true}) {
+        const LayerShape s = shape(16, H, directions);
+        const CudaPlan p = plan_cuda(s, Precision::exact, kA100, backward, Family::handoff);
+        const CudaPlan with_barrier =
+            plan_cuda(s, Precision::exact, kA100, backward, Family::persistent);
+        CHECK(p.family ==
+              (with_barrier.family == Family::stepwise ? Family::stepwise : Family::handoff));
+        CHECK(p.blocks == with_barrier.blocks);
+        CHECK(p.shared_bytes == with_barrier.shared_bytes);
+        CHECK(p.cluster == with_barrier.cluster);
+        if (p.family == Family::handoff)
+          CHECK(predicted(s, p, backward) < predicted(s, with_barrier, backward));
+      }
+}
+
 TEST_CASE("an empty batch has a plan") {
-  for (Family family : {Family::persistent, Family::split, Family::cluster})
+  for (Family family : {Family::persistent, Family::handoff, Family::split, Family::cluster})
     for (int64_t H : {64, 2048})
       for (DType dtype : {DType::f32, DType::bf16})
         for (bool backward : {false, true})

@@ -423,7 +423,7 @@ int run(void (*kernel)(Params), Launch launch, bool reverses_blocks) {
   for (int i = 0; i < kSize; ++i) values[i] = i;
   DeviceArray<float> in(values), scratch(kSize), out(kSize);
   DeviceArray<uint32_t> counter(1);
-  gpu::zero(counter.get(), counter.bytes(), nullptr);
+  gpu::fill(counter.get(), 0, counter.bytes(), nullptr);
   const Params p = {in.get(), scratch.get(), out.get(), counter.get()};
   constexpr size_t kShared = kThreads * sizeof(float);
   switch (launch) {

@@ -91,7 +91,7 @@ inline std::string check_persistent() {
   DeviceArray<bf16> device_weight(weight), device_h(h);
   DeviceArray<float> device_x(x);
   DeviceArray<uint32_t> counter(1);
-  gpu::zero(counter.get(), counter.bytes(), nullptr);
+  gpu::fill(counter.get(), 0, counter.bytes(), nullptr);
   gpu::launch_cooperative(
       1, persistent_kernel, H / kUnits, 32 * kWarps, sizeof(bf16) * B * kPitch, nullptr,
       Params{device_weight.get(), device_x.get(), device_h.get(), counter.get()});

@@ -183,6 +183,22 @@ TEST_CASE("persistent kernels with four k-blocks equal the CPU core") {
   check_all({776}, {3}, {2}, 6);
 }
 
+// More steps than there are slots, so that each is written several times.
+#ifndef __SANITIZE_THREAD__
+TEST_CASE("blocks that hand off equal the CPU core") {
+  check_all({1, 9, 40}, {1, 3, 17, 70}, {1, 5, 27}, 1, kH100, Family::handoff);
+  Random random(13);
+  check_cells(DType::bf16, Precision::exact, 260, {Cell::lstm, Cell::gru}, {17}, {11}, kH100,
+              random, Family::handoff);
+  check_cells(DType::f16, Precision::exact, 300, {Cell::lstm}, {40}, {11}, kSmall, random,
+              Family::handoff);
+}
+#else
+TEST_CASE("blocks that hand off equal the CPU core") {
+  check_all({9, 40}, {1, 3, 17}, {1, 27}, 1, kH100, Family::handoff);
+}
+#endif
+
 // Of cells of several gates; forward they are the persistent kernels.
 #ifndef __SANITIZE_THREAD__
 TEST_CASE("blocks that divide the gates equal the CPU core") {

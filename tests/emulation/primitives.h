@@ -55,7 +55,7 @@ void launch_clusters(unsigned cluster, void (*kernel)(P...), dim3 grid, dim3 blo
                       [&] { std::apply(kernel, parameters); });
 }
 
-inline void zero(void* p, size_t bytes, cudaStream_t) { std::memset(p, 0, bytes); }
+inline void fill(void* p, int byte, size_t bytes, cudaStream_t) { std::memset(p, byte, bytes); }
 
 // ---------------------------------------------------------------------------------------------
 // Matrix products of a warp
@@ -161,6 +161,13 @@ inline void store_relaxed(uint32_t* p, uint32_t v) {
 inline void store_relaxed(uint64_t* p, uint64_t v) {
   __atomic_store_n(p, v, __ATOMIC_RELAXED);
   emulation::note_progress();
+}
+
+inline void store_relaxed(uint4* p, uint4 v) {
+  store_relaxed(&p->x, v.x);
+  store_relaxed(&p->y, v.y);
+  store_relaxed(&p->z, v.z);
+  store_relaxed(&p->w, v.w);
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -290,7 +290,7 @@ __global__ static void acquire_release_kernel(uint32_t* flag, uint32_t* out) {
 inline std::string check_acquire_release() {
   constexpr int kBlocks = 4;
   DeviceArray<uint32_t> flag(kBlocks), out(kBlocks);
-  gpu::zero(flag.get(), flag.bytes(), nullptr);
+  gpu::fill(flag.get(), 0, flag.bytes(), nullptr);
   gpu::launch_cooperative(1, acquire_release_kernel, kBlocks, 32, 0, nullptr, flag.get(),
                           out.get());
   return differences(out.host(), [](size_t i) -> uint32_t { return (i + 1) * (i + 2) / 2; });
@@ -314,11 +314,41 @@ inline std::string check_flagged() {
   constexpr int kBlocks = 4, kThreads = 32, kSteps = 3, n = kBlocks * kThreads;
   DeviceArray<uint64_t> words(kSteps * n);
   DeviceArray<uint32_t> out(kSteps * n);
-  gpu::zero(words.get(), words.bytes(), nullptr);
+  gpu::fill(words.get(), 0, words.bytes(), nullptr);
   gpu::launch_cooperative(1, flagged_kernel, kBlocks, kThreads, 0, nullptr, words.get(), out.get(),
                           kSteps);
   return differences(out.host(),
                      [](size_t i) -> uint32_t { return (i + kThreads) % n * 1000 + i / n + 1; });
+}
+
+// The same without flags: a word is there when it is not all bits set. words [steps, blocks *
+// threads], all bits set; out [steps, blocks * threads].
+__global__ static void blank_kernel(uint4* words, uint32_t* out, uint32_t steps) {
+  constexpr uint32_t kBlank = 0xffffffff;
+  const uint32_t n = gridDim.x * blockDim.x, i = blockIdx.x * blockDim.x + threadIdx.x;
+  for (uint32_t step = 1; step <= steps; ++step) {
+    uint4* const row = &words[(step - 1) * n];
+    gpu::store_relaxed(&row[i], make_uint4(i, step, i * step, 7));
+    const uint4* const from = &row[(i + blockDim.x) % n];
+    uint4 word = gpu::load_relaxed(from);
+    for (; word.x == kBlank || word.y == kBlank || word.z == kBlank || word.w == kBlank;
+         word = gpu::load_relaxed(from))
+      gpu::spin_pause();
+    out[(step - 1) * n + i] = word.x + 10 * word.y + 100 * word.z + 1000 * word.w;
+  }
+}
+
+inline std::string check_blank() {
+  constexpr int kBlocks = 4, kThreads = 32, kSteps = 3, n = kBlocks * kThreads;
+  DeviceArray<uint4> words(kSteps * n);
+  DeviceArray<uint32_t> out(kSteps * n);
+  gpu::fill(words.get(), 0xff, words.bytes(), nullptr);
+  gpu::launch_cooperative(1, blank_kernel, kBlocks, kThreads, 0, nullptr, words.get(), out.get(),
+                          kSteps);
+  return differences(out.host(), [](size_t i) -> uint32_t {
+    const uint32_t from = (i + kThreads) % n, step = i / n + 1;
+    return from + 10 * step + 100 * from * step + 7000;
+  });
 }
 
 constexpr int kBarrierThreads = 64;
@@ -357,7 +387,7 @@ std::string check_grid_barrier() {
   constexpr int kBlocks = 4, kSteps = 6;
   DeviceArray<uint32_t> counters(teams), out(kSteps * kBlocks);
   DeviceArray<uint4> cells(kSteps * kBlocks);
-  gpu::zero(counters.get(), counters.bytes(), nullptr);
+  gpu::fill(counters.get(), 0, counters.bytes(), nullptr);
   gpu::launch_cooperative(1, grid_barrier_kernel, kBlocks, kBarrierThreads, 0, nullptr,
                           counters.get(), cells.get(), out.get(), teams, kSteps);
   return differences(out.host(), [](size_t i) -> uint32_t {
@@ -488,6 +518,7 @@ inline constexpr Case kCases[] = {
     {"large dynamic shared memory", check_large_shared},
     {"load_acquire, store_release", check_acquire_release},
     {"a word with its flag", check_flagged},
+    {"words that are blank until they are written", check_blank},
     {"GridBarrier", check_grid_barrier<1>},
     {"GridBarrier of a part of the grid", check_grid_barrier<2>},
     {"cluster barrier, store_shared", check_cluster_barrier<2>, 90},

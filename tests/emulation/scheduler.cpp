@@ -28,6 +28,7 @@ namespace {
 
 constexpr size_t kStackBytes = 256 << 10;  // reserved; a page counts when it is touched
 constexpr uint64_t kIdleRounds = 1000;     // of all threads spinning, before it is an endless spin
+constexpr uint64_t kRoundsBehind = 100;    // likewise; fewer, or a spin would look endless
 constexpr unsigned kBlockThreads = 1024;
 constexpr unsigned kClusterBlocks = 16;     // on sm_90, where the device has room
 constexpr size_t kSharedBytes = 227 << 10;  // a block's, on sm_90
@@ -246,7 +247,9 @@ class Residents {
   Context main_;
   Fiber* self_ = nullptr;
   size_t live_;
-  uint64_t idle_ = 0;  // times that a thread spun since anything else happened
+  uint64_t switches_ = 0;
+  uint64_t behind_ = 0;  // number of the block
+  uint64_t idle_ = 0;    // times that a thread spun since anything else happened
   Fiber* divergent_[2] = {};
   std::exception_ptr thrown_;
 };
@@ -305,6 +308,14 @@ void Residents::entry() {
 
 Fiber& Residents::next() {
   self_ = ready_.pop(shuffled_ ? random_() : 0);
+  // Where others can go on one block falls behind, by some timesteps; then it is another's turn.
+  if (shuffled_ && blocks_.size() > 1) {
+    if (switches_++ % (kRoundsBehind * fibers_.size()) == 0) behind_ = random_() % blocks_.size();
+    for (int i = 0; i < 3 && self_->block->number == behind_; ++i) {
+      ready_.push(self_);
+      self_ = ready_.pop(random_());
+    }
+  }
   threadIdx = self_->thread;
   blockIdx = self_->block->index;
   return *self_;
