@@ -68,8 +68,8 @@ class ClusterBackward : BackwardUnits<Policy, kCell, kUnits> {
     for (int64_t i = 0; i < end - begin; ++i) {
       const int buffer = static_cast<int>(i % 2);
       const bool last = begin + i + 1 == end;
-      const Step border = down ? now : next;
-      this->differentiate(now, border, first_, 0, [&](int b, int gate, T gradient) {
+      const uint64_t resets = this->resets();
+      this->differentiate(now, first_, 0, [&](int b, int gate, T gradient) {
         grads_of(buffer, b)[gate * kUnits + Owned::unit()] = gradient;
       });
       // Before anybody sends for step i + 1: they do not before they have what this block sends
@@ -80,7 +80,7 @@ class ClusterBackward : BackwardUnits<Policy, kCell, kUnits> {
       const Step after = step(begin + i + 2);
       if (!last) this->load_saved(next, after, first_);
       parts_.wait(buffer, static_cast<uint32_t>(i / 2));
-      this->add_product(now, border, first_, 0, [&](int b) { return parts_.sum(buffer, b); });
+      this->add_product(now, resets, first_, 0, [&](int b) { return parts_.sum(buffer, b); });
       now = next;
       next = after;
     }

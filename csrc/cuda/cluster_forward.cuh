@@ -63,22 +63,21 @@ class ClusterForward : ForwardUnits<Policy, kCell, kUnits, kClusterKWarps> {
     }
     // Everybody's shared memory is ready.
     gpu::cluster_arrive();
-    if (begin < end) this->load_input(now, first_);
+    if (begin < end) this->load_input(now, down ? before : now, first_);
     gpu::cluster_wait();
     // h goes into step i by buffer i % 2, that buffer's ((i - 1) / 2)-th transaction.
     for (int64_t i = 0; i < end - begin; ++i) {
       const int buffer = static_cast<int>(i % 2);
-      const Step border = down ? before : now;
       if (i > 0) gpu::wait_for_phase(&full_[buffer], (i - 1) / 2 % 2);
-      multiply(now, border, buffer);
+      multiply(now, buffer);
       __syncthreads();
       // All threads have seen the transaction, and have read the buffer. What the others send there
       // next goes into step i + 2; they do not before they have what this block sends below.
       if (threadIdx.x == 0 && i > 0) expect(buffer, next);
-      this->activate(now, next, border, first_, 0,
+      this->activate(now, next, first_, 0,
                      [&](int b, T h) { h_of(1 - buffer, b)[this->unit_] = h; });
       if (begin + i + 1 == end) break;
-      this->load_input(next, first_);
+      this->load_input(next, down ? now : next, first_);
       __syncthreads();
       send(1 - buffer, rows(now));
       before = now;
@@ -115,11 +114,11 @@ class ClusterForward : ForwardUnits<Policy, kCell, kUnits, kClusterKWarps> {
     }
   }
 
-  __device__ __forceinline__ void multiply(Step now, Step border, int buffer) {
+  __device__ __forceinline__ void multiply(Step now, int buffer) {
     product_.multiply(
         rows(now),
         [&](int b, int, int k) {
-          const int from = is_reset(p_, border, first_ + b) ? kReset : buffer;
+          const int from = this->was_reset(b) ? kReset : buffer;
           const uint4* const quads = reinterpret_cast<const uint4*>(h_of(from, b) + k);
           Eight<T> eight;
 #pragma unroll

@@ -15,7 +15,7 @@
 // wait for: they arrive behind every even step i, and wait behind step i + 1. Then all are done
 // with what was written before step i, of which step i + 2 blanks i - 2 and step i + 3 blanks
 // i - 1; the barriers of i + 2 and i + 4 tell the others so, which they have passed when they wait
-// for what is written there in steps i + 6 and i + 7. That makes eight slots.
+// for what is written there in steps i + 6 and i + 7. Six slots would do; eight spare a division.
 #pragma once
 
 #include "csrc/cuda/persistent_block.cuh"
@@ -79,7 +79,7 @@ class Exchange {
 
   __device__ bool handoff() const { return handoff_; }
   __device__ int slot_of(int64_t step) const {
-    return kGiven + static_cast<int>(step % step_slots(handoff_));
+    return kGiven + (static_cast<int>(step) & (step_slots(handoff_) - 1));
   }
 
   // Of the thread's own unit and the b-th sequence of a pass. Behind it a block barrier and

@@ -2,7 +2,8 @@
 //
 // Each block owns hidden units of one direction, and their columns of W_hh in registers and shared
 // memory, where dh and dc stay too. The gradients of the pre-activations go from block to block
-// through device memory (L2), with one barrier of the direction's blocks a step.
+// through device memory (L2), with one barrier of the direction's blocks a step, or by hand-off
+// (exchange.cuh).
 //
 // What a step costs: every SM reads the gradients of all gates from L2, G times what the forward
 // pass reads (LSTM, B = 32, H = 1024: 256 KiB, 2.3 us at 64 bytes a clock and 1.75 GHz, 6 us if L2
@@ -73,14 +74,15 @@ class BackwardUnits {
 
   // `before`: the step that the forward pass made before `step`.
   __device__ __forceinline__ void load_saved(Step step, Step before, int first) {
-    const Step border = direction_ == 0 ? step : before;
+    resets_ = resets(step, before, first);
     Owned::for_sequences(owns() ? pass_size(step.active, first, tile_) : 0, [&](int i, int b) {
       const int sequence = first + b;
       const int64_t row = step.row + sequence;
       const int64_t row_before = before.row + sequence, initial = sequence * p_.H + unit_;
-      const bool reset = is_reset(p_, border, sequence);
+      const bool reset = resets_ >> b & 1;
       const bool begins = reset || sequence >= before.active;
       Saved& saved = saved_[i];
+
       saved.grad_output = value_or_zero<T>(dir_.grad_output, row * p_.output_stride + unit_);
       if constexpr (!kLstm && !kGru) {
         saved.gates[0] = output(row);
@@ -109,8 +111,7 @@ class BackwardUnits {
   // whose state is that of number in_state. What reaches the h before without W_hh stays in dh.
   // put_too(b, group, gradient): what else becomes of those that a group of the product multiplies.
   template <class Put>
-  __device__ __forceinline__ void differentiate(Step now, Step border, int first, int in_state,
-                                                Put put_too) {
+  __device__ __forceinline__ void differentiate(Step now, int first, int in_state, Put put_too) {
     Owned::for_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int i, int b) {
       const int sequence = first + b, in_block = (in_state + b) * kUnits + Owned::unit();
       const Saved& saved = saved_[i];
@@ -136,7 +137,7 @@ class BackwardUnits {
         put(2, g.gates.g);
         put(3, g.gates.o);
         dc = g.c_prev;
-        if (is_reset(p_, border, sequence)) end_at_reset(dir_.grad_reset_c, sequence, dc);
+        if (resets_ >> b & 1) end_at_reset(dir_.grad_reset_c, sequence, dc);
         dh = 0;
       } else if constexpr (kGru) {
         const GruGates<float> a = {saved.gates[0], saved.gates[1], saved.gates[2], saved.gates[3]};
@@ -158,14 +159,22 @@ class BackwardUnits {
   // through hn.
   __device__ static constexpr int saved_gate(int group) { return kGru && group == 2 ? 3 : group; }
 
+  // Which sequences of a pass come to a step with the reset state: of the pass whose saved tensors
+  // were loaded last, or of any.
+  __device__ uint64_t resets() const { return resets_; }
+  __device__ uint64_t resets(Step step, Step before, int first) const {
+    return reset_sequences(p_, direction_ == 0 ? step : before, first,
+                           pass_size(step.active, first, tile_));
+  }
+
   // Adds what W_hh gives the h before. sum_of(b): of the pass's sequence.
   template <class Sum>
-  __device__ __forceinline__ void add_product(Step now, Step border, int first, int in_state,
+  __device__ __forceinline__ void add_product(Step now, uint64_t resets, int first, int in_state,
                                               Sum sum_of) {
     Owned::for_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int, int b) {
       float& dh = dh_[(in_state + b) * kUnits + Owned::unit()];
       dh = clip(dh + sum_of(b), p_.options.f32.grad_clip);
-      if (is_reset(p_, border, first + b)) end_at_reset(dir_.grad_reset_h, first + b, dh);
+      if (resets >> b & 1) end_at_reset(dir_.grad_reset_h, first + b, dh);
     });
   }
 
@@ -214,6 +223,7 @@ class BackwardUnits {
   float* const dh_;  // [sequences, kUnits]
   float* const dc_;  // [sequences, kUnits], an LSTM's
   Saved saved_[kOwn] = {};
+  uint64_t resets_ = 0;
 };
 
 // The same in a grid whose blocks exchange the gradients of the gates.
@@ -237,15 +247,17 @@ class ExchangedBackwardUnits : protected BackwardUnits<Policy, kCell, kUnits> {
   }
 
   // The gradients of a step's gates, to all blocks and from them. What the next step needs of the
-  // saved tensors is read meanwhile. i: of the launch. after: the step behind the next one.
-  __device__ __forceinline__ void exchange(int64_t i, bool last, Step now, Step next, Step after,
-                                           Step border, gpu::GridBarrier& barrier) {
+  // saved tensors is read meanwhile. i: of the launch. after: the step behind the next one. Returns
+  // the resets of the first pass.
+  __device__ __forceinline__ uint64_t exchange(int64_t i, bool last, Step now, Step next,
+                                               Step after, gpu::GridBarrier& barrier) {
+    const uint64_t resets = this->resets();
     for (int first = 0; first < now.active; first += tile_) {
       if (first > 0) {
         __syncthreads();  // what was staged has been published
         this->load_saved(now, next, first);
       }
-      this->differentiate(now, border, first, first, [&](int b, int group, T gradient) {
+      this->differentiate(now, first, first, [&](int b, int group, T gradient) {
         exchange_.stage(b, group, gradient);
       });
       __syncthreads();
@@ -254,6 +266,7 @@ class ExchangedBackwardUnits : protected BackwardUnits<Policy, kCell, kUnits> {
     exchange_.announce(i, barrier);
     if (!last) this->load_saved(next, after, 0);
     exchange_.await(i, barrier);
+    return resets;
   }
 
   const Exchange<T, gate_count(kCell), kUnits, 0> exchange_;
@@ -291,13 +304,16 @@ class Backward : ExchangedBackwardUnits<Policy, kCell, units_of(kBlocks)> {
     Step now = step_at(p_, down, begin), next = step_at(p_, down, begin + 1);
     this->load_saved(now, next, 0);
     for (int64_t s = begin; s < end; ++s) {
-      const Step border = down ? now : next, after = step_at(p_, down, s + 2);
-      this->exchange(s - begin, s + 1 == end, now, next, after, border, barrier);
+      const Step after = step_at(p_, down, s + 2);
+      uint64_t resets = this->exchange(s - begin, s + 1 == end, now, next, after, barrier);
       for (int first = 0; first < now.active; first += tile_) {
-        if (first > 0) __syncthreads();  // the sums of the pass before have been read
+        if (first > 0) {
+          __syncthreads();  // the sums of the pass before have been read
+          resets = this->resets(now, next, first);
+        }
         multiply(exchange_.slot_of(s - begin), now, first);
         __syncthreads();
-        this->add_product(now, border, first, first, [&](int b) {
+        this->add_product(now, resets, first, first, [&](int b) {
           float sums[1] = {};
           add_sums<kWarps>(sums_, tile_, kPitch, b, Owned::unit(), sums);
           return sums[0];

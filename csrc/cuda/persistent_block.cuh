@@ -30,6 +30,19 @@ __device__ inline bool is_reset(const LayerShape& shape, Step border, int sequen
   return shape.resets && sequence < border.active && shape.resets[border.row + sequence];
 }
 
+// The same of a pass of up to 64 sequences, a bit each. By whole warps.
+__device__ inline uint64_t reset_sequences(const LayerShape& shape, Step border, int first,
+                                           int count) {
+  if (!shape.resets) return 0;
+  uint64_t bits = 0;
+  for (int b = 0; b < count; b += 32) {
+    const int own = b + static_cast<int>(threadIdx.x) % 32;
+    const bool reset = own < count && is_reset(shape, border, first + own);
+    bits |= uint64_t{__ballot_sync(~0u, reset)} << b;
+  }
+  return bits;
+}
+
 // Sequences of the pass that begins with `first`.
 __device__ inline int pass_size(int active, int first, int tile) {
   return min(tile, active - first);

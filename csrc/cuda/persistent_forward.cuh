@@ -2,12 +2,13 @@
 //
 // Each block owns hidden units of one direction. Their rows of W_hh stay in registers, and in
 // shared memory what registers have no room for, as does c; h goes from block to block through
-// device memory (L2), with one barrier of the direction's blocks a step.
+// device memory (L2), with one barrier of the direction's blocks a step, or by hand-off
+// (exchange.cuh).
 //
 // What a step costs: every SM reads all of h from L2, B * H * 2 bytes at 64 bytes a clock (B = 32,
 // H = 1024: 64 KiB, 0.6 us at 1.75 GHz; 1.5 us if L2 gives 128 SMs no more than 3100), and h
 // crosses L2 three times (stored, announced, read), about 1.3 us. The products take less: B * H *
-// 32 * 2 flops of an SM, 0.2 us. So W_ih x is read before the barrier is waited for, and reads of h
+// 32 * 2 flops of an SM, 0.2 us. So W_ih x is read before others are waited for, and reads of h
 // are on the way while others are multiplied.
 #pragma once
 
@@ -73,9 +74,12 @@ class ForwardUnits {
   }
 
   __device__ bool owns() const { return unit_ < p_.H; }
+  // Of the pass whose input was loaded last.
+  __device__ bool was_reset(int b) const { return resets_ >> b & 1; }
 
-  // W_ih x of the thread's sequences of one pass.
-  __device__ __forceinline__ void load_input(Step step, int first) {
+  // What one pass needs of memory: W_ih x of the thread's sequences, and which are reset.
+  __device__ __forceinline__ void load_input(Step step, Step border, int first) {
+    resets_ = reset_sequences(p_, border, first, pass_size(step.active, first, tile_));
     Owned::for_sequences(owns() ? pass_size(step.active, first, tile_) : 0, [&](int i, int b) {
       const T* const row = gates(step.row + first + b);
 #pragma unroll
@@ -86,13 +90,12 @@ class ForwardUnits {
   // The gates of the pass that begins with `first`, whose state is that of number `in_state`.
   // put(b, h): what else becomes of h.
   template <class Put>
-  __device__ __forceinline__ void activate(Step now, Step next, Step border, int first,
-                                           int in_state, Put put) {
+  __device__ __forceinline__ void activate(Step now, Step next, int first, int in_state, Put put) {
     Owned::for_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int i, int b) {
       const int sequence = first + b;
       const int64_t row = now.row + sequence;
       float* const state = state_ + (in_state + b) * kUnits + Owned::unit();
-      if ((kLstm || kGru) && is_reset(p_, border, sequence))
+      if ((kLstm || kGru) && was_reset(b))
         *state = value_or_zero<T>(kLstm ? dir_.reset_c : dir_.reset_h, sequence * p_.H + unit_);
       float sums[G] = {};
       add_sums<kKWarps>(sums_, tile_, kPitch, b, Owned::unit(), sums);
@@ -168,6 +171,7 @@ class ForwardUnits {
   float* const bias_;   // [S, kUnits]
   float* const state_;  // [sequences, kUnits] c, or h of a GRU
   float x_[kOwn][G] = {};
+  uint64_t resets_ = 0;
 };
 
 template <class Policy, Cell kCell, int kBlocks>
@@ -199,23 +203,21 @@ class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks), kWarps> {
     const bool down = direction_ == 1;
     Step before = {0, 0}, now = step_at(p_, down, 0);
     barrier.arrive();
-    this->load_input(now, 0);
+    this->load_input(now, down ? before : now, 0);
     barrier.wait();
     for (int64_t s = 0; s < p_.T; ++s) {
-      const Step border = down ? before : now;
       const Step next = step_at(p_, down, s + 1);
       for (int first = 0; first < now.active; first += tile_) {
-        if (first > 0) this->load_input(now, first);
-        multiply(s, before, now, border, first);
+        if (first > 0) this->load_input(now, down ? before : now, first);
+        multiply(s, before, now, first);
         __syncthreads();
-        this->activate(now, next, border, first, first,
-                       [&](int b, T h) { exchange_.stage(b, 0, h); });
+        this->activate(now, next, first, first, [&](int b, T h) { exchange_.stage(b, 0, h); });
         __syncthreads();  // and the sums have been read
         exchange_.publish(exchange_.slot_of(s), first, pass_size(now.active, first, tile_));
       }
       if (s + 1 == p_.T) break;
       exchange_.announce(s, barrier);
-      this->load_input(next, 0);
+      this->load_input(next, down ? now : next, 0);
       exchange_.await(s, barrier);
       before = now;
       now = next;
@@ -238,16 +240,15 @@ class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks), kWarps> {
 
   // W_hh h of one pass: of the h that a sequence left in the step before, of h0 where it begins
   // now, of reset_h where it was reset.
-  __device__ __forceinline__ void multiply(int64_t s, Step before, Step now, Step border,
-                                           int first) {
+  __device__ __forceinline__ void multiply(int64_t s, Step before, Step now, int first) {
     const int slot_before = s > 0 ? exchange_.slot_of(s - 1) : kInitialSlot;
     product_.multiply(
         pass_size(now.active, first, tile_),
         [&](int b, int, int k) {
           const int sequence = first + b;
-          const int slot = is_reset(p_, border, sequence) ? kResetSlot
-                           : sequence < before.active     ? slot_before
-                                                          : kInitialSlot;
+          const int slot = this->was_reset(b)         ? kResetSlot
+                           : sequence < before.active ? slot_before
+                                                      : kInitialSlot;
           return exchange_.load(slot, sequence, 0, k);
         },
         tile_, this->sums_, exchange_.handoff());

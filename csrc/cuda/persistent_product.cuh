@@ -349,8 +349,9 @@ class Product {
         auto& operand = x[i % kOperands];
         if (first >= low && first + i / kItems * Policy::kSequences < count &&
             run(i % kItems) < H_) {
+          if (polls)
 #pragma unroll
-          for (int r = 0; r < Policy::kRows; ++r) largest = max(largest, operand[r].largest());
+            for (int r = 0; r < Policy::kRows; ++r) largest = max(largest, operand[r].largest());
           add(d[i / kItems], operand, i % kItems);
         }
         // What has been multiplied makes room for what comes kOperands later.

@@ -4,8 +4,9 @@
 // which run the same kernel source on a CPU. For that, kernels keep a few rules:
 // - PTX only through this header; shared memory through RNN_FUSED_SHARED; launches through
 // launch();
-// - what one thread writes, another reads after a barrier or after an acquire of a release: never
-//   through volatile, __threadfence or a plain load in a loop;
+// - what one thread writes, another reads after a barrier or after an acquire of a release, or it
+//   is a relaxed word that says itself whether it is there: never through volatile, __threadfence
+//   or a plain load in a loop;
 // - every loop that waits for another thread calls spin_pause().
 #pragma once
 

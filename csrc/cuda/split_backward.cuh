@@ -30,9 +30,8 @@ class SplitBackward : ExchangedBackwardUnits<Policy, kCell, units_of(kBlocks)> {
  public:
   // shared: [plan.shared_bytes]. full: [2] mbarriers.
   __device__ __forceinline__ SplitBackward(const BackwardParams& p, int direction, int tile,
-                                           float* shared, bool handoff, void* workspace,
-                                           uint64_t* full)
-      : Units(p, direction, tile, shared + (kWarps * kPitch + 2 * kOfCluster) * tile, handoff,
+                                           float* shared, void* workspace, uint64_t* full)
+      : Units(p, direction, tile, shared + (kWarps * kPitch + 2 * kOfCluster) * tile, false,
               workspace),
         sums_(shared),
         parts_(tile, shared + kWarps * kPitch * tile, full),
@@ -57,11 +56,14 @@ class SplitBackward : ExchangedBackwardUnits<Policy, kCell, units_of(kBlocks)> {
     gpu::cluster_wait();
     uint32_t pass = 0;  // of all steps: it sends by buffer pass % 2, the (pass / 2)-th transaction
     for (int64_t s = begin; s < end; ++s) {
-      const Step border = down ? now : next, after = step_at(p_, down, s + 2);
-      this->exchange(s - begin, s + 1 == end, now, next, after, border, barrier);
+      const Step after = step_at(p_, down, s + 2);
+      uint64_t resets = this->exchange(s - begin, s + 1 == end, now, next, after, barrier);
       for (int first = 0; first < now.active; first += tile_, ++pass) {
         const int buffer = pass % 2, rows = pass_size(now.active, first, tile_);
-        if (first > 0) __syncthreads();  // the sums of the pass before have been sent
+        if (first > 0) {
+          __syncthreads();  // the sums of the pass before have been sent
+          resets = this->resets(now, next, first);
+        }
         multiply(exchange_.slot_of(s - begin), first, rows);
         // All threads have also read the parts of the pass before. The others overwrite them when
         // they have this pass's of this block.
@@ -69,7 +71,7 @@ class SplitBackward : ExchangedBackwardUnits<Policy, kCell, units_of(kBlocks)> {
         if (threadIdx.x == 0) parts_.expect(buffer, rows);
         send(buffer, rows);
         parts_.wait(buffer, pass / 2);
-        this->add_product(now, border, first, first, [&](int b) { return parts_.sum(buffer, b); });
+        this->add_product(now, resets, first, first, [&](int b) { return parts_.sum(buffer, b); });
       }
       now = next;
       next = after;
@@ -84,7 +86,7 @@ class SplitBackward : ExchangedBackwardUnits<Policy, kCell, units_of(kBlocks)> {
   __device__ __forceinline__ void multiply(int slot, int first, int rows) {
     product_.multiply(
         rows, [&](int b, int, int k) { return exchange_.load(slot, first + b, gate_, k); }, tile_,
-        sums_, exchange_.handoff());
+        sums_);
   }
 
   // The sums of all warps, four units at a time, to the units' blocks.
@@ -116,12 +118,12 @@ class SplitBackward : ExchangedBackwardUnits<Policy, kCell, units_of(kBlocks)> {
 template <class Policy, Cell kCell, int kBlocks>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy::T), kBlocks))
     split_backward_kernel(const __grid_constant__ BackwardParams p, int first_direction, int tile,
-                          bool handoff, void* workspace) {
+                          bool, void* workspace) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
   RNN_FUSED_SHARED(uint64_t, full, [2]);
   const int direction = first_direction + blockIdx.y;
-  SplitBackward<Policy, kCell, kBlocks> block(p, direction, tile, shared, handoff, workspace, full);
+  SplitBackward<Policy, kCell, kBlocks> block(p, direction, tile, shared, workspace, full);
   block.run(barrier_of(workspace, direction));
 #else
   __trap();

@@ -191,6 +191,17 @@ __global__ void endless_spin(Params p) {
   p.out[global_index()] = values[kThreads - 1 - threadIdx.x];
 }
 
+// The same, by whole warps: that they meet is no progress.
+template <bool bug>
+__global__ void endless_spin_of_warps(Params p) {
+  RNN_FUSED_SHARED(float, values, [kThreads]);
+  values[threadIdx.x] = p.in[global_index()];
+  if (!bug && threadIdx.x == 0) gpu::store_release(p.counter, 1);
+  while (!__any_sync(~0u, gpu::load_acquire(p.counter) == 1)) gpu::spin_pause();
+  __syncthreads();
+  p.out[global_index()] = values[kThreads - 1 - threadIdx.x];
+}
+
 // A shuffle reads a lane that is not in its mask.
 template <bool bug>
 __global__ void lane_not_in_mask(Params p) {
@@ -405,6 +416,7 @@ constexpr Bug kBugs[] = {
     {KERNELS(copy_too_early)},
     {KERNELS(copy_source_changes)},
     {KERNELS(endless_spin)},
+    {KERNELS(endless_spin_of_warps)},
     {KERNELS(lane_not_in_mask)},
     {KERNELS(cluster_barrier), Launch::cluster, true},
     {KERNELS(cluster_store_after_arrival), Launch::cluster, true},

@@ -37,6 +37,7 @@ struct Case : Sizes {
   bool save = true;
   GpuProperties gpu = kH100;
   Family family = Family::persistent;
+  int64_t unreset = 0;  // dense: all sequences are reset but in every so many-th timestep
 };
 
 // Of the error's norm to the result's: the same sums in another order, with TF32 of factors that
@@ -81,7 +82,8 @@ bool fits(const Case& c) {
 void check_case(const Case& c, uint64_t seed) {
   CAPTURE(static_cast<const Sizes&>(c));
   CAPTURE(c.save);
-  const Layer l(c, seed);
+  Layer l(c, seed);
+  for (int64_t n = 0; c.unreset > 0 && n < l.N; ++n) l.reset_flags[n] = n / l.B % c.unreset != 0;
   Array products[2];
   for (int d = 0; d < l.directions; ++d) products[d] = multiply_input(l, d, l.dtype);
   const auto forward = [&](const ForwardParams& params) {
@@ -192,6 +194,21 @@ TEST_CASE("blocks that hand off equal the CPU core") {
               random, Family::handoff);
   check_cells(DType::f16, Precision::exact, 300, {Cell::lstm}, {40}, {11}, kSmall, random,
               Family::handoff);
+}
+
+// As far as the barrier lets them: where all sequences are reset no block waits for another's h.
+TEST_CASE("blocks that hand off may run ahead of each other") {
+  uint64_t seed = 0;
+  for (Cell cell : {Cell::lstm, Cell::gru, Cell::rnn_tanh})
+    for (int64_t unreset : {4, 7, 9})
+      for (int64_t B : {1, 3}) {
+        Case c{{cell, DType::bf16, 40, B, 3, 24}};
+        c.resets = true;
+        c.directions = unreset == 4 ? 2 : 1;
+        c.family = Family::handoff;
+        c.unreset = unreset;
+        check_case(c, ++seed);
+      }
 }
 #else
 TEST_CASE("blocks that hand off equal the CPU core") {

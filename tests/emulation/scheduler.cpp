@@ -401,7 +401,7 @@ void Residents::meet(Meeting& meeting, State state, Place place, bool orders_mem
     }
     meeting.waiting.clear();
     meeting.turn ^= 1;
-    note_progress();
+    if (state != State::in_warp) note_progress();  // warps meet in loops that wait, too
   }
   switch_away(false);
   if (orders_memory) acquire(order);
