@@ -410,6 +410,36 @@ def test_graphs(
             assert_same(replayed, call())
 
 
+@each_family
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_a_stream_in_a_graph(cell: str, family: str, device: str) -> None:
+    """The state goes round inside the graph, through two layers."""
+    kind = getattr(rnn_fused, cell.split("_")[0].upper())
+    rnn = kind(16, 40, num_layers=2, device=device, dtype=torch.bfloat16)
+    states = [torch.zeros(2, 3, 40, device=device, dtype=torch.bfloat16) for _ in range(2)]
+    kept = states if cell == "lstm" else states[:1]
+    x = torch.zeros(3, 16, device=device, dtype=torch.bfloat16)
+
+    def step() -> Tensor:
+        output, state = rnn.step(x, tuple(kept) if cell == "lstm" else kept[0])
+        for old, new in zip(kept, state if cell == "lstm" else [state], strict=True):
+            old.copy_(new)
+        return output
+
+    frames = torch.randn(12, 3, 16, device=device, dtype=torch.bfloat16)
+    with using(family), torch.no_grad():
+        graph, output = captured(step)
+        for state in kept:
+            state.zero_()
+        found = []
+        for frame in frames:
+            x.copy_(frame)
+            graph.replay()
+            found.append(output.clone())
+        expected = rnn(frames)[0]
+    torch.testing.assert_close(torch.stack(found), expected, rtol=2e-2, atol=2e-2)
+
+
 def values_on_device(case: Problem) -> dict[str, Tensor]:
     """The outputs, and the gradients of their sum: nothing of it comes from the host."""
     outputs = case.run(ops.layer)
