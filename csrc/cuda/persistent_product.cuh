@@ -338,6 +338,7 @@ class Product {
     constexpr int kStep = kTiles * Policy::kSequences;
     sums += warp() % kKWarps * tile * kPitch;
     const int lane = threadIdx.x % 32;
+    if (polls) await_some(count, read);
     Eight<T> x[kOperands][Policy::kRows];
     // The round before `low` only reads, so that the code of a read stands here once.
     int low = 0;
@@ -366,8 +367,7 @@ class Product {
         }
       }
       if (first < low) continue;
-      // Products of what is blank are worth nothing. It takes a trip to L2 to know more, which is
-      // not much longer than to multiply again.
+      // Products of what is blank are worth nothing.
       if (polls && __any_sync(~0u, largest == kBlank)) {
         gpu::spin_pause();
         low = first;
@@ -388,6 +388,20 @@ class Product {
  private:
   __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
   __device__ static int first_octet() { return warp() / kKWarps * kOctets; }
+
+  // Waits for values of one sequence from each block that the warp hears from. A block sends all
+  // sequences of a pass at once, so the others are likely to be there then. Until then 16 bytes a
+  // lane are read again and again, or 32, instead of whole tiles by all SMs.
+  template <class Read>
+  __device__ __forceinline__ void await_some(int count, Read read) const {
+    const int item = static_cast<int>(threadIdx.x) % 32 / 4 % kBlocks * kGroups;
+    for (;;) {
+      uint32_t largest = 0;
+      if (run(item) < H_) largest = read(count - 1, 0, own_k(item)).largest();
+      if (!__any_sync(~0u, largest == kBlank)) break;
+      gpu::spin_pause();
+    }
+  }
 
   // Where the run of an item begins in its group.
   __device__ static int run(int item) {
