@@ -68,7 +68,7 @@ class ClusterBackward : BackwardUnits<Policy, kCell, kUnits> {
     for (int64_t i = 0; i < end - begin; ++i) {
       const int buffer = static_cast<int>(i % 2);
       const bool last = begin + i + 1 == end;
-      const uint64_t resets = this->resets();
+      const auto resets = this->resets();
       this->differentiate(now, first_, 0, [&](int b, int gate, T gradient) {
         grads_of(buffer, b)[gate * kUnits + Owned::unit()] = gradient;
       });

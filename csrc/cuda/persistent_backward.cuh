@@ -161,15 +161,16 @@ class BackwardUnits {
 
   // Which sequences of a pass come to a step with the reset state: of the pass whose saved tensors
   // were loaded last, or of any.
-  __device__ uint64_t resets() const { return resets_; }
-  __device__ uint64_t resets(Step step, Step before, int first) const {
-    return reset_sequences(p_, direction_ == 0 ? step : before, first,
-                           pass_size(step.active, first, tile_));
+  using Resets = SequenceBits<kUnits>;
+  __device__ Resets resets() const { return resets_; }
+  __device__ Resets resets(Step step, Step before, int first) const {
+    return reset_sequences<kUnits>(p_, direction_ == 0 ? step : before, first,
+                                   pass_size(step.active, first, tile_));
   }
 
   // Adds what W_hh gives the h before. sum_of(b): of the pass's sequence.
   template <class Sum>
-  __device__ __forceinline__ void add_product(Step now, uint64_t resets, int first, int in_state,
+  __device__ __forceinline__ void add_product(Step now, Resets resets, int first, int in_state,
                                               Sum sum_of) {
     Owned::for_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int, int b) {
       float& dh = dh_[(in_state + b) * kUnits + Owned::unit()];
@@ -223,7 +224,7 @@ class BackwardUnits {
   float* const dh_;  // [sequences, kUnits]
   float* const dc_;  // [sequences, kUnits], an LSTM's
   Saved saved_[kOwn] = {};
-  uint64_t resets_ = 0;
+  Resets resets_ = 0;
 };
 
 // The same in a grid whose blocks exchange the gradients of the gates.
@@ -249,9 +250,10 @@ class ExchangedBackwardUnits : protected BackwardUnits<Policy, kCell, kUnits> {
   // The gradients of a step's gates, to all blocks and from them. What the next step needs of the
   // saved tensors is read meanwhile. i: of the launch. after: the step behind the next one. Returns
   // the resets of the first pass.
-  __device__ __forceinline__ uint64_t exchange(int64_t i, bool last, Step now, Step next,
-                                               Step after, gpu::GridBarrier& barrier) {
-    const uint64_t resets = this->resets();
+  __device__ __forceinline__ SequenceBits<kUnits> exchange(int64_t i, bool last, Step now,
+                                                           Step next, Step after,
+                                                           gpu::GridBarrier& barrier) {
+    const auto resets = this->resets();
     for (int first = 0; first < now.active; first += tile_) {
       if (first > 0) {
         __syncthreads();  // what was staged has been published
@@ -305,7 +307,7 @@ class Backward : ExchangedBackwardUnits<Policy, kCell, units_of(kBlocks)> {
     this->load_saved(now, next, 0);
     for (int64_t s = begin; s < end; ++s) {
       const Step after = step_at(p_, down, s + 2);
-      uint64_t resets = this->exchange(s - begin, s + 1 == end, now, next, after, barrier);
+      auto resets = this->exchange(s - begin, s + 1 == end, now, next, after, barrier);
       for (int first = 0; first < now.active; first += tile_) {
         if (first > 0) {
           __syncthreads();  // the sums of the pass before have been read

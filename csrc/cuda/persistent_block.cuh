@@ -30,15 +30,22 @@ __device__ inline bool is_reset(const LayerShape& shape, Step border, int sequen
   return shape.resets && sequence < border.active && shape.resets[border.row + sequence];
 }
 
-// The same of a pass of up to 64 sequences, a bit each. By whole warps.
-__device__ inline uint64_t reset_sequences(const LayerShape& shape, Step border, int first,
-                                           int count) {
-  if (!shape.resets) return 0;
-  uint64_t bits = 0;
+// A bit for each sequence of a pass.
+template <int kUnits>
+using SequenceBits = std::conditional_t<(max_batch_tile(kUnits) > 32), uint64_t, uint32_t>;
+
+// Which of them come to a step with the reset state. By whole warps.
+template <int kUnits>
+__device__ inline SequenceBits<kUnits> reset_sequences(const LayerShape& shape, Step border,
+                                                       int first, int count) {
+  using Bits = SequenceBits<kUnits>;
+  static_assert(max_batch_tile(kUnits) <= 8 * sizeof(Bits));
+  Bits bits = 0;
+  if (!shape.resets) return bits;
   for (int b = 0; b < count; b += 32) {
     const int own = b + static_cast<int>(threadIdx.x) % 32;
     const bool reset = own < count && is_reset(shape, border, first + own);
-    bits |= uint64_t{__ballot_sync(~0u, reset)} << b;
+    bits |= Bits{__ballot_sync(~0u, reset)} << b;
   }
   return bits;
 }

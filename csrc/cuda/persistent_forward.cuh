@@ -79,7 +79,7 @@ class ForwardUnits {
 
   // What one pass needs of memory: W_ih x of the thread's sequences, and which are reset.
   __device__ __forceinline__ void load_input(Step step, Step border, int first) {
-    resets_ = reset_sequences(p_, border, first, pass_size(step.active, first, tile_));
+    resets_ = reset_sequences<kUnits>(p_, border, first, pass_size(step.active, first, tile_));
     Owned::for_sequences(owns() ? pass_size(step.active, first, tile_) : 0, [&](int i, int b) {
       const T* const row = gates(step.row + first + b);
 #pragma unroll
@@ -171,7 +171,7 @@ class ForwardUnits {
   float* const bias_;   // [S, kUnits]
   float* const state_;  // [sequences, kUnits] c, or h of a GRU
   float x_[kOwn][G] = {};
-  uint64_t resets_ = 0;
+  SequenceBits<kUnits> resets_ = 0;
 };
 
 template <class Policy, Cell kCell, int kBlocks>

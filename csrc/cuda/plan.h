@@ -67,7 +67,7 @@ RNN_FUSED_HD constexpr int units_of(int k_blocks) { return k_blocks > kMaxNarrow
 
 // A thread's own sequences of a pass; each is one unit's.
 constexpr int kOwn = 2;
-constexpr int max_batch_tile(int units) { return kOwn * kThreads / units; }
+RNN_FUSED_HD constexpr int max_batch_tile(int units) { return kOwn * kThreads / units; }
 constexpr int kMinBatchTile = 16;  // the rows of one mma
 
 // Sequences, and their places in shared memory, are ints in a block.

@@ -57,7 +57,7 @@ class SplitBackward : ExchangedBackwardUnits<Policy, kCell, units_of(kBlocks)> {
     uint32_t pass = 0;  // of all steps: it sends by buffer pass % 2, the (pass / 2)-th transaction
     for (int64_t s = begin; s < end; ++s) {
       const Step after = step_at(p_, down, s + 2);
-      uint64_t resets = this->exchange(s - begin, s + 1 == end, now, next, after, barrier);
+      auto resets = this->exchange(s - begin, s + 1 == end, now, next, after, barrier);
       for (int first = 0; first < now.active; first += tile_, ++pass) {
         const int buffer = pass % 2, rows = pass_size(now.active, first, tile_);
         if (first > 0) {
