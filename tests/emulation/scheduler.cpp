@@ -310,7 +310,10 @@ Fiber& Residents::next() {
   self_ = ready_.pop(shuffled_ ? random_() : 0);
   // Where others can go on one block falls behind, by some timesteps; then it is another's turn.
   if (shuffled_ && blocks_.size() > 1) {
-    if (switches_++ % (kRoundsBehind * fibers_.size()) == 0) behind_ = random_() % blocks_.size();
+    if (switches_++ > kRoundsBehind * live_) {
+      switches_ = 0;
+      behind_ = random_() % blocks_.size();
+    }
     for (int i = 0; i < 3 && self_->block->number == behind_; ++i) {
       ready_.push(self_);
       self_ = ready_.pop(random_());
