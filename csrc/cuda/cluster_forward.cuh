@@ -63,7 +63,7 @@ class ClusterForward : ForwardUnits<Policy, kCell, kUnits, kClusterKWarps> {
     }
     // Everybody's shared memory is ready.
     gpu::cluster_arrive();
-    if (begin < end) this->load_input(now, down ? before : now, first_);
+    if (begin < end) this->load_input(now, before, first_);
     gpu::cluster_wait();
     // h goes into step i by buffer i % 2, that buffer's ((i - 1) / 2)-th transaction.
     for (int64_t i = 0; i < end - begin; ++i) {
@@ -77,7 +77,7 @@ class ClusterForward : ForwardUnits<Policy, kCell, kUnits, kClusterKWarps> {
       this->activate(now, next, first_, 0,
                      [&](int b, T h) { h_of(1 - buffer, b)[this->unit_] = h; });
       if (begin + i + 1 == end) break;
-      this->load_input(next, down ? now : next, first_);
+      this->load_input(next, now, first_);
       __syncthreads();
       send(1 - buffer, rows(now));
       before = now;

@@ -24,17 +24,12 @@ __device__ inline Step step_at(const LayerShape& shape, bool down, int64_t s) {
   return {static_cast<int>(shape.active(t)), shape.row(t)};
 }
 
-// Whether a sequence comes to a step with the reset state. border: of this step and the one that
-// the forward pass made before it, the later one in time.
-__device__ inline bool is_reset(const LayerShape& shape, Step border, int sequence) {
-  return shape.resets && sequence < border.active && shape.resets[border.row + sequence];
-}
-
 // A bit for each sequence of a pass.
 template <int kUnits>
 using SequenceBits = std::conditional_t<(max_batch_tile(kUnits) > 32), uint64_t, uint32_t>;
 
-// Which of them come to a step with the reset state. By whole warps.
+// Which of them come to a step with the reset state. border: of this step and the one that the
+// forward pass made before it, the later one in time. By whole warps.
 template <int kUnits>
 __device__ inline SequenceBits<kUnits> reset_sequences(const LayerShape& shape, Step border,
                                                        int first, int count) {
@@ -44,7 +39,9 @@ __device__ inline SequenceBits<kUnits> reset_sequences(const LayerShape& shape, 
   if (!shape.resets) return bits;
   for (int b = 0; b < count; b += 32) {
     const int own = b + static_cast<int>(threadIdx.x) % 32;
-    const bool reset = own < count && is_reset(shape, border, first + own);
+    const int sequence = first + own;
+    const bool reset =
+        own < count && sequence < border.active && shape.resets[border.row + sequence];
     bits |= Bits{__ballot_sync(~0u, reset)} << b;
   }
   return bits;

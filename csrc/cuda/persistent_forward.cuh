@@ -78,7 +78,8 @@ class ForwardUnits {
   __device__ bool was_reset(int b) const { return resets_ >> b & 1; }
 
   // What one pass needs of memory: W_ih x of the thread's sequences, and which are reset.
-  __device__ __forceinline__ void load_input(Step step, Step border, int first) {
+  __device__ __forceinline__ void load_input(Step step, Step before, int first) {
+    const Step border = direction_ == 0 ? step : before;
     resets_ = reset_sequences<kUnits>(p_, border, first, pass_size(step.active, first, tile_));
     Owned::for_sequences(owns() ? pass_size(step.active, first, tile_) : 0, [&](int i, int b) {
       const T* const row = gates(step.row + first + b);
@@ -203,12 +204,12 @@ class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks), kWarps> {
     const bool down = direction_ == 1;
     Step before = {0, 0}, now = step_at(p_, down, 0);
     barrier.arrive();
-    this->load_input(now, down ? before : now, 0);
+    this->load_input(now, before, 0);
     barrier.wait();
     for (int64_t s = 0; s < p_.T; ++s) {
       const Step next = step_at(p_, down, s + 1);
       for (int first = 0; first < now.active; first += tile_) {
-        if (first > 0) this->load_input(now, down ? before : now, first);
+        if (first > 0) this->load_input(now, before, first);
         multiply(s, before, now, first);
         __syncthreads();
         this->activate(now, next, first, first, [&](int b, T h) { exchange_.stage(b, 0, h); });
@@ -217,7 +218,7 @@ class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks), kWarps> {
       }
       if (s + 1 == p_.T) break;
       exchange_.announce(s, barrier);
-      this->load_input(next, down ? now : next, 0);
+      this->load_input(next, now, 0);
       exchange_.await(s, barrier);
       before = now;
       now = next;
@@ -241,7 +242,7 @@ class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks), kWarps> {
   // W_hh h of one pass: of the h that a sequence left in the step before, of h0 where it begins
   // now, of reset_h where it was reset.
   __device__ __forceinline__ void multiply(int64_t s, Step before, Step now, int first) {
-    const int slot_before = s > 0 ? exchange_.slot_of(s - 1) : kInitialSlot;
+    const int slot_before = exchange_.slot_of(s - 1);
     product_.multiply(
         pass_size(now.active, first, tile_),
         [&](int b, int, int k) {

@@ -296,58 +296,61 @@ inline std::string check_acquire_release() {
   return differences(out.host(), [](size_t i) -> uint32_t { return (i + 1) * (i + 2) / 2; });
 }
 
-// Every block hands `steps` values to the next one, each with its step as the flag; every word is
-// written once. words [steps, blocks * threads], zero; out [steps, blocks * threads].
-__global__ static void flagged_kernel(uint64_t* words, uint32_t* out, uint32_t steps) {
-  const uint32_t n = gridDim.x * blockDim.x, i = blockIdx.x * blockDim.x + threadIdx.x;
-  for (uint32_t step = 1; step <= steps; ++step) {
-    uint64_t* const row = &words[(step - 1) * n];
-    gpu::store_relaxed(&row[i], (uint64_t{step} << 32) | (i * 1000 + step));
-    const uint64_t* const from = &row[(i + blockDim.x) % n];
-    uint64_t word = gpu::load_relaxed(from);
-    for (; word >> 32 != step; word = gpu::load_relaxed(from)) gpu::spin_pause();
-    out[(step - 1) * n + i] = static_cast<uint32_t>(word);
+// A word with its step as the flag, in memory that is zero at first.
+struct Flagged {
+  using Word = uint64_t;
+  static constexpr int kEmpty = 0;
+  __device__ static Word make(uint32_t i, uint32_t step) {
+    return (uint64_t{step} << 32) | (i * 1000 + step);
   }
-}
+  __device__ static bool is_there(Word word, uint32_t step) { return word >> 32 == step; }
+  __device__ static uint32_t value(Word word) { return static_cast<uint32_t>(word); }
+  static uint32_t expected(uint32_t from, uint32_t step) { return from * 1000 + step; }
+};
 
-inline std::string check_flagged() {
-  constexpr int kBlocks = 4, kThreads = 32, kSteps = 3, n = kBlocks * kThreads;
-  DeviceArray<uint64_t> words(kSteps * n);
-  DeviceArray<uint32_t> out(kSteps * n);
-  gpu::fill(words.get(), 0, words.bytes(), nullptr);
-  gpu::launch_cooperative(1, flagged_kernel, kBlocks, kThreads, 0, nullptr, words.get(), out.get(),
-                          kSteps);
-  return differences(out.host(),
-                     [](size_t i) -> uint32_t { return (i + kThreads) % n * 1000 + i / n + 1; });
-}
-
-// The same without flags: a word is there when it is not all bits set. words [steps, blocks *
-// threads], all bits set; out [steps, blocks * threads].
-__global__ static void blank_kernel(uint4* words, uint32_t* out, uint32_t steps) {
-  constexpr uint32_t kBlank = 0xffffffff;
-  const uint32_t n = gridDim.x * blockDim.x, i = blockIdx.x * blockDim.x + threadIdx.x;
-  for (uint32_t step = 1; step <= steps; ++step) {
-    uint4* const row = &words[(step - 1) * n];
-    gpu::store_relaxed(&row[i], make_uint4(i, step, i * step, 7));
-    const uint4* const from = &row[(i + blockDim.x) % n];
-    uint4 word = gpu::load_relaxed(from);
-    for (; word.x == kBlank || word.y == kBlank || word.z == kBlank || word.w == kBlank;
-         word = gpu::load_relaxed(from))
-      gpu::spin_pause();
-    out[(step - 1) * n + i] = word.x + 10 * word.y + 100 * word.z + 1000 * word.w;
+// Words that are there when none has all bits set, as all have at first.
+struct Blank {
+  using Word = uint4;
+  static constexpr int kEmpty = 0xff;
+  __device__ static Word make(uint32_t i, uint32_t step) {
+    return make_uint4(i, step, i * step, 7);
   }
-}
-
-inline std::string check_blank() {
-  constexpr int kBlocks = 4, kThreads = 32, kSteps = 3, n = kBlocks * kThreads;
-  DeviceArray<uint4> words(kSteps * n);
-  DeviceArray<uint32_t> out(kSteps * n);
-  gpu::fill(words.get(), 0xff, words.bytes(), nullptr);
-  gpu::launch_cooperative(1, blank_kernel, kBlocks, kThreads, 0, nullptr, words.get(), out.get(),
-                          kSteps);
-  return differences(out.host(), [](size_t i) -> uint32_t {
-    const uint32_t from = (i + kThreads) % n, step = i / n + 1;
+  __device__ static bool is_there(Word word, uint32_t) {
+    return max(max(word.x, word.y), max(word.z, word.w)) != 0xffffffff;
+  }
+  __device__ static uint32_t value(Word word) {
+    return word.x + 10 * word.y + 100 * word.z + 1000 * word.w;
+  }
+  static uint32_t expected(uint32_t from, uint32_t step) {
     return from + 10 * step + 100 * from * step + 7000;
+  }
+};
+
+// Every block hands `steps` words to the next one, which knows of each by itself that it is there;
+// every word is written once. words [steps, blocks * threads], empty; out likewise.
+template <class Kind>
+__global__ static void handing_kernel(typename Kind::Word* words, uint32_t* out, uint32_t steps) {
+  const uint32_t n = gridDim.x * blockDim.x, i = blockIdx.x * blockDim.x + threadIdx.x;
+  for (uint32_t step = 1; step <= steps; ++step) {
+    auto* const row = &words[(step - 1) * n];
+    gpu::store_relaxed(&row[i], Kind::make(i, step));
+    const auto* const from = &row[(i + blockDim.x) % n];
+    auto word = gpu::load_relaxed(from);
+    for (; !Kind::is_there(word, step); word = gpu::load_relaxed(from)) gpu::spin_pause();
+    out[(step - 1) * n + i] = Kind::value(word);
+  }
+}
+
+template <class Kind>
+std::string check_handing() {
+  constexpr int kBlocks = 4, kThreads = 32, kSteps = 3, n = kBlocks * kThreads;
+  DeviceArray<typename Kind::Word> words(kSteps * n);
+  DeviceArray<uint32_t> out(kSteps * n);
+  gpu::fill(words.get(), Kind::kEmpty, words.bytes(), nullptr);
+  gpu::launch_cooperative(1, handing_kernel<Kind>, kBlocks, kThreads, 0, nullptr, words.get(),
+                          out.get(), kSteps);
+  return differences(out.host(), [](size_t i) -> uint32_t {
+    return Kind::expected((i + kThreads) % n, i / n + 1);
   });
 }
 
@@ -517,8 +520,8 @@ inline constexpr Case kCases[] = {
     {"shuffles and votes", check_warp},
     {"large dynamic shared memory", check_large_shared},
     {"load_acquire, store_release", check_acquire_release},
-    {"a word with its flag", check_flagged},
-    {"words that are blank until they are written", check_blank},
+    {"a word with its flag", check_handing<Flagged>},
+    {"words that are blank until they are written", check_handing<Blank>},
     {"GridBarrier", check_grid_barrier<1>},
     {"GridBarrier of a part of the grid", check_grid_barrier<2>},
     {"cluster barrier, store_shared", check_cluster_barrier<2>, 90},
