@@ -181,8 +181,13 @@ def _how(plan: dict[str, Any], tf32: bool) -> str:
     if plan["family"] == "stepwise":
         return f"stepwise{': ' * bool(plan['why'])}{plan['why']}"
     runs, resident = plan["k_blocks"], plan["register_blocks"]
-    memory = f", the last {runs - resident} in shared memory" * (runs > resident)
-    weights = f"weights in registers ({plan['warps']} warps, {runs} runs each{memory})"
+    streamed, octets = plan["streamed_octets"], plan["streamed_octets"] + plan["shared_octets"]
+    if octets > 0:
+        again = f", {100 * streamed / octets:.0f}% of them read from L2 in every step"
+        weights = f"weights in shared memory{again * (streamed > 0)}"
+    else:
+        memory = f", the last {runs - resident} in shared memory" * (runs > resident)
+        weights = f"weights in registers ({plan['warps']} warps, {runs} runs each{memory})"
     shared = f"{plan['shared_bytes']} bytes of shared memory{', TF32' * tf32}"
     if plan["family"] == "cluster":
         return (

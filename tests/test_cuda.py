@@ -109,6 +109,7 @@ SHAPES = [
     (4, 16, 32, 256), (3, 65, 8, 257), (4, 64, 24, 512), (2, 130, 8, 520), (9, 16, 64, 768),
     (3, 3, 8, 1000), (2, 1, 8, 1024), (3, 5, 7, 1100),
     (3, 33, 8, 1536), (2, 17, 8, 2048), (2, 3, 7, 2050),
+    (3, 35, 8, 2560), (3, 17, 8, 2816), (2, 3, 8, 4096),  # weights of large blocks, some in L2
     (3, 130, 8, 256), (20, 300, 8, 250), (300, 16, 8, 256),  # clusters of 16 and of 32 sequences
     (20, 300, 8, 264), (300, 16, 8, 500),  # clusters of blocks of 32 hidden units
 ]  # fmt: skip
@@ -227,7 +228,9 @@ def test_more_elements_than_32_bits_count(device: str) -> None:
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize(("H", "gpu"), [(768, "A100"), (1024, "A100"), (2048, "H100")])
+@pytest.mark.parametrize(
+    ("H", "gpu"), [(768, "A100"), (2048, "A100"), (2048, "H100"), (4096, "H100")]
+)
 def test_persistent_kernels_reach_their_sizes(
     cell: str, dtype: torch.dtype, H: int, gpu: str, device: str
 ) -> None:

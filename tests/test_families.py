@@ -50,6 +50,19 @@ def test_explains_where_weights_are_that_registers_have_no_room_for() -> None:
     assert text.count(f"persistent: {how} (8 warps, 8 runs each, the last 5 in shared memory)") == 2
 
 
+def test_explains_weights_that_are_read_from_l2() -> None:
+    for layer, backward, how in (
+        (rnn_fused.RNN(8, 2560, dtype=torch.bfloat16), True, ""),
+        (rnn_fused.GRU(8, 2816, dtype=torch.float16), False, ", 64% of them read from L2"),
+    ):
+        text = rnn_fused.explain(layer, T=1000, B=2, device="H100").splitlines()
+        line = text[4 if backward else 2]
+        blocks = (layer.hidden_size + 31) // 32
+        assert f"persistent: {blocks} blocks of 32 hidden units, weights in shared" in line
+        assert how in line
+        assert ("%" in line) == bool(how)
+
+
 def test_explains_clusters() -> None:
     layer = rnn_fused.LSTM(8, 200, dtype=torch.bfloat16, bidirectional=True)
     with rnn_fused.kernels("cluster"):
@@ -99,6 +112,10 @@ def test_explains_a_device_without_code(monkeypatch: pytest.MonkeyPatch) -> None
         (lambda: rnn_fused.LSTM(8, 64, proj_size=16), "a projection, P = 16"),
         (lambda: rnn_fused.LSTM(8, 64, dtype=torch.float64), "float64"),
         (lambda: rnn_fused.LSTM(8, 2049), "H up to 2048, got 2049"),
+        (
+            lambda: rnn_fused.RNN(8, 4225, dtype=torch.float16),
+            "133 blocks of 32 hidden units must be resident at once, there is room for 132",
+        ),
     ],
 )
 def test_says_why_a_layer_runs_stepwise(layer, why: str) -> None:

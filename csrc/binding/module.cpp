@@ -101,6 +101,8 @@ py::dict as_dict(const LayerShape& shape, Precision precision, const Gpu& gpu, c
   result["warps"] = plan.warps;
   result["k_blocks"] = plan.k_blocks;
   result["register_blocks"] = plan.register_blocks;
+  result["shared_octets"] = plan.shared_octets;
+  result["streamed_octets"] = plan.streamed_octets;
   result["launches"] = plan.launches;
   result["batch_tile"] = plan.batch_tile;
   result["blocks"] = plan.blocks;

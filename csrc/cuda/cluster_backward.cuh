@@ -141,6 +141,7 @@ class ClusterBackward : BackwardUnits<Policy, kCell, kUnits> {
               reinterpret_cast<const uint4*>(row + run * kRun + lane % 4 * 8);
 #pragma unroll
           for (int q = 0; q < Eight<T>::kQuads; ++q) x[run][r].set_quad(q, quads[q]);
+          Policy::prepare(x[run][r]);
         }
 #pragma unroll
       for (int round = 0; round < kRounds; round += kTogether) {

@@ -19,7 +19,7 @@
 #pragma once
 
 #include "csrc/cuda/persistent_block.cuh"
-#include "csrc/cuda/persistent_product.cuh"
+#include "csrc/cuda/streamed_product.cuh"
 
 namespace rnn_fused::persistent {
 
@@ -75,6 +75,12 @@ class Exchange {
   __device__ static int staged_values(int tile) { return tile * kGroups * kUnits; }
   __device__ float* behind_staged(int tile) const {
     return reinterpret_cast<float*>(staged_ + staged_values(tile));
+  }
+
+  // Device memory behind those of all directions.
+  __device__ void* behind_slots() const {
+    const int64_t rows = s_.B * kGroups * (kGiven + step_slots(handoff_)) * s_.directions;
+    return slots_ + rows * pitch() * static_cast<int64_t>(sizeof(T));
   }
 
   __device__ bool handoff() const { return handoff_; }
@@ -147,11 +153,11 @@ class Exchange {
 // ---------------------------------------------------------------------------------------------
 
 // kernel_of(cell, k_blocks): the kernel for these std::integral_constants.
-template <class Params, class KernelOf>
+template <class Policy, class Params, class KernelOf>
 void launch_persistent(const CudaPlan& plan, const Params& params, void* workspace,
                        cudaStream_t stream, KernelOf kernel_of) {
   constexpr bool kBackward = std::is_same_v<Params, BackwardParams>;
-  const auto launch = [&](void (*kernel)(Params, int, int, bool, void*)) {
+  const auto launch = [&](void (*kernel)(Params, int, int, bool, int, void*)) {
     const int directions = params.directions / plan.launches;
     const dim3 grid(static_cast<unsigned>(plan.blocks / directions), directions);
     const bool handoff = plan.family == Family::handoff;
@@ -161,7 +167,8 @@ void launch_persistent(const CudaPlan& plan, const Params& params, void* workspa
                 persistent_workspace(plan, params, kBackward) - kBarrierBytes, stream);
     for (int first = 0; first < params.directions; first += directions)
       gpu::launch_cooperative(plan.cluster, kernel, grid, kThreads, plan.shared_bytes, stream,
-                              params, first, plan.batch_tile, handoff, workspace);
+                              params, first, plan.batch_tile, handoff, plan.shared_octets,
+                              workspace);
   };
   with_kernels_of(params.cell, [&](auto cell) {
     switch (compiled_blocks(plan)) {
@@ -169,6 +176,9 @@ void launch_persistent(const CudaPlan& plan, const Params& params, void* workspa
       case 2: return launch(kernel_of(cell, std::integral_constant<int, 2>()));
       case 4: return launch(kernel_of(cell, std::integral_constant<int, 4>()));
       case 8: return launch(kernel_of(cell, std::integral_constant<int, 8>()));
+      case kAnyBlocks:
+        if constexpr (kHasLargeBlocks<Policy>)
+          return launch(kernel_of(cell, std::integral_constant<int, kAnyBlocks>()));
     }
   });
 }

@@ -37,8 +37,11 @@ void with_policy(const CudaPlan& plan, DType dtype, Precision precision, const B
 int64_t persistent_workspace(const CudaPlan& plan, const LayerShape& shape, bool backward) {
   using namespace persistent;
   if (plan.family == Family::cluster) return 0;
+  const int element_bytes = shape.dtype == DType::f32 ? 4 : 2;
   const int64_t values = exchanged_values(shape, backward, plan.family == Family::handoff);
-  return kBarrierBytes + shape.directions * values * (shape.dtype == DType::f32 ? 4 : 2);
+  const int64_t octet = octet_bytes(backward ? 1 : gate_count(shape.cell), element_bytes);
+  return kBarrierBytes + shape.directions * values * element_bytes +
+         plan.blocks * plan.streamed_octets * octet;
 }
 
 void persistent_forward(const CudaPlan& plan, Precision precision, const ForwardParams& params,

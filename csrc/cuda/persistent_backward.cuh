@@ -16,17 +16,18 @@
 #include "csrc/cuda/exchange.cuh"
 #include "csrc/cuda/math.cuh"
 #include "csrc/cuda/persistent_block.cuh"
-#include "csrc/cuda/persistent_product.cuh"
+#include "csrc/cuda/streamed_product.cuh"
 
 namespace rnn_fused::persistent {
 
 // Some hidden units of one direction, and what a step does with them besides the product: the
 // threads of a block own them and a tile of sequences. kCell: rnn_tanh stands for both RNNs.
-template <class Policy, Cell kCell, int kUnits>
+// kOwned: sequences of a thread.
+template <class Policy, Cell kCell, int kUnits, int kOwned = kOwn>
 class BackwardUnits {
  protected:
   using T = typename Policy::T;
-  using Owned = Own<kUnits>;
+  using Owned = Own<kUnits, kOwned>;
   static constexpr int G = gate_count(kCell), S = saved_count(kCell);
   static constexpr bool kLstm = kCell == Cell::lstm;
   static constexpr bool kGru = kCell == Cell::gru;
@@ -223,14 +224,17 @@ class BackwardUnits {
  private:
   float* const dh_;  // [sequences, kUnits]
   float* const dc_;  // [sequences, kUnits], an LSTM's
-  Saved saved_[kOwn] = {};
+  Saved saved_[kOwned] = {};
   Resets resets_ = 0;
 };
 
 // The same in a grid whose blocks exchange the gradients of the gates.
-template <class Policy, Cell kCell, int kUnits>
-class ExchangedBackwardUnits : protected BackwardUnits<Policy, kCell, kUnits> {
-  using Units = BackwardUnits<Policy, kCell, kUnits>;
+template <class Policy, Cell kCell, int kBlocks>
+class ExchangedBackwardUnits
+    : protected BackwardUnits<Policy, kCell, units_of(kBlocks),
+                              own_sequences(kBlocks, 1, sizeof(typename Policy::T))> {
+  static constexpr int kUnits = units_of(kBlocks);
+  using Units = typename ExchangedBackwardUnits::BackwardUnits;
 
  protected:
   using typename Units::T;
@@ -275,9 +279,11 @@ class ExchangedBackwardUnits : protected BackwardUnits<Policy, kCell, kUnits> {
 };
 
 template <class Policy, Cell kCell, int kBlocks>
-class Backward : ExchangedBackwardUnits<Policy, kCell, units_of(kBlocks)> {
+class Backward : ExchangedBackwardUnits<Policy, kCell, kBlocks> {
   static constexpr int kUnits = units_of(kBlocks), kPitch = sum_pitch(1, kUnits);
-  using Units = ExchangedBackwardUnits<Policy, kCell, kUnits>;
+  static constexpr int kSumWarps = sum_warps(kBlocks);
+  using Units = ExchangedBackwardUnits<Policy, kCell, kBlocks>;
+  using BlockProduct = persistent::BlockProduct<Policy, kBlocks, 1, gate_count(kCell)>;
   using typename Units::Owned;
   using typename Units::T;
   using Units::dir_;
@@ -289,16 +295,18 @@ class Backward : ExchangedBackwardUnits<Policy, kCell, units_of(kBlocks)> {
  public:
   // shared: [plan.shared_bytes]
   __device__ __forceinline__ Backward(const BackwardParams& p, int direction, int tile,
-                                      float* shared, bool handoff, void* workspace)
-      : Units(p, direction, tile, shared + kWarps * tile * kPitch, handoff, workspace),
+                                      float* shared, bool handoff, int shared_octets,
+                                      void* workspace)
+      : Units(p, direction, tile, shared + kSumWarps * tile * kPitch, handoff, workspace),
         sums_(shared),
-        product_(static_cast<int>(p.H), exchange_.behind_staged(tile),
-                 [&](int, int gate, int of_block, int k) {
-                   const int unit = this->first_unit_ + of_block;
-                   const T* const weights = static_cast<const T*>(dir_.weight_hh);
-                   return gather_eight(weights + (gate * p.H + k) * p.H + unit, p.H,
-                                       unit < p.H ? static_cast<int>(p.H) - k : 0);
-                 }) {}
+        product_(make_product<BlockProduct>(
+            static_cast<int>(p.H), exchange_.behind_staged(tile), shared_octets,
+            exchange_.behind_slots(), [&](int, int gate, int of_block, int k) {
+              const int unit = this->first_unit_ + of_block;
+              const T* const weights = static_cast<const T*>(dir_.weight_hh);
+              return gather_eight(weights + (gate * p.H + k) * p.H + unit, p.H,
+                                  unit < p.H ? static_cast<int>(p.H) - k : 0);
+            })) {}
 
   __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
     const bool down = direction_ == 0;
@@ -317,7 +325,7 @@ class Backward : ExchangedBackwardUnits<Policy, kCell, units_of(kBlocks)> {
         __syncthreads();
         this->add_product(now, resets, first, first, [&](int b) {
           float sums[1] = {};
-          add_sums<kWarps>(sums_, tile_, kPitch, b, Owned::unit(), sums);
+          add_sums<kSumWarps>(sums_, tile_, kPitch, b, Owned::unit(), sums);
           return sums[0];
         });
       }
@@ -336,18 +344,19 @@ class Backward : ExchangedBackwardUnits<Policy, kCell, units_of(kBlocks)> {
         sums_, exchange_.handoff());
   }
 
-  float* const sums_;  // [kWarps, tile, kPitch]; behind them the state, what is staged, weights
-  const Product<Policy, kUnits, 1, gate_count(kCell), kBlocks> product_;
+  float* const sums_;  // [kSumWarps, tile, kPitch]; behind them the state, what is staged, weights
+  const BlockProduct product_;
 };
 
 // blockIdx: (block of units, direction behind the first).
 template <class Policy, Cell kCell, int kBlocks>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy::T), kBlocks))
     backward_kernel(const __grid_constant__ BackwardParams p, int first_direction, int tile,
-                    bool handoff, void* workspace) {
+                    bool handoff, int shared_octets, void* workspace) {
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
   const int direction = first_direction + blockIdx.y;
-  Backward<Policy, kCell, kBlocks> block(p, direction, tile, shared, handoff, workspace);
+  Backward<Policy, kCell, kBlocks> block(p, direction, tile, shared, handoff, shared_octets,
+                                         workspace);
   block.run(barrier_of(workspace, direction));
 }
 

@@ -52,17 +52,17 @@ __device__ inline int pass_size(int active, int first, int tile) {
   return min(tile, active - first);
 }
 
-// A thread owns one of the block's kUnits and, of every pass over a batch tile, kOwn sequences.
+// A thread owns one of the block's kUnits and, of every pass over a batch tile, kSequences of them.
 // Their state is its own, so that it may be read and written without a barrier.
-template <int kUnits>
+template <int kUnits, int kSequences = kOwn>
 struct Own {
   __device__ static int unit() { return threadIdx.x % kUnits; }
 
-  // Calls body(i, b) for the thread's sequences b < count of a pass, i < kOwn.
+  // Calls body(i, b) for the thread's sequences b < count of a pass, i < kSequences.
   template <class Body>
   __device__ __forceinline__ static void for_sequences(int count, Body body) {
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
+    for (int i = 0; i < kSequences; ++i) {
       const int b = threadIdx.x / kUnits + i * (kThreads / kUnits);
       if (b < count) body(i, b);
     }
@@ -74,6 +74,34 @@ struct Own {
     for (int first = 0; first < B; first += tile)
       for_sequences(pass_size(static_cast<int>(B), first, tile),
                     [&](int, int b) { body(first + b); });
+  }
+};
+
+// Some values as they were loaded: those of 16 bits two to a register.
+template <class T, int kCount>
+struct Loaded {
+  static constexpr int kToWord = 4 / sizeof(T);
+  uint32_t words[(kCount + kToWord - 1) / kToWord] = {};
+
+  __device__ __forceinline__ void load(int i, const T* from) {
+    uint32_t& word = words[i / kToWord];
+    if constexpr (kToWord == 1) {
+      word = *reinterpret_cast<const uint32_t*>(from);
+    } else {
+      const uint32_t bits = *reinterpret_cast<const uint16_t*>(from);
+      word = i % 2 == 0 ? bits : word | bits << 16;  // in the order of i
+    }
+  }
+
+  __device__ __forceinline__ float operator[](int i) const {
+    const uint32_t word = words[i / kToWord];
+    if constexpr (kToWord == 1) {
+      return __uint_as_float(word);
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      return __uint_as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000);
+    } else {
+      return __half2float(__ushort_as_half(static_cast<uint16_t>(word >> 16 * (i % 2))));
+    }
   }
 };
 

@@ -1,9 +1,9 @@
 // The forward pass of all timesteps in one launch.
 //
 // Each block owns hidden units of one direction. Their rows of W_hh stay in registers, and in
-// shared memory what registers have no room for, as does c; h goes from block to block through
-// device memory (L2), with one barrier of the direction's blocks a step, or by hand-off
-// (exchange.cuh).
+// shared memory what registers have no room for, as does c (large blocks: streamed_product.cuh); h
+// goes from block to block through device memory (L2), with one barrier of the direction's blocks a
+// step, or by hand-off (exchange.cuh).
 //
 // What a step costs: every SM reads all of h from L2, B * H * 2 bytes at 64 bytes a clock (B = 32,
 // H = 1024: 64 KiB, 0.6 us at 1.75 GHz; 1.5 us if L2 gives 128 SMs no more than 3100), and h
@@ -18,18 +18,18 @@
 #include "csrc/cuda/math.cuh"
 #include "csrc/cuda/persistent.h"
 #include "csrc/cuda/persistent_block.cuh"
-#include "csrc/cuda/persistent_product.cuh"
+#include "csrc/cuda/streamed_product.cuh"
 
 namespace rnn_fused::persistent {
 
 // Some hidden units of one direction, and what a step does with them besides the product: the
 // threads of a block own them and a tile of sequences. kCell: rnn_tanh stands for both RNNs.
-// kKWarps: of the product.
-template <class Policy, Cell kCell, int kUnits, int kKWarps>
+// kSumWarps: whose sums of the product are in shared memory. kOwned: sequences of a thread.
+template <class Policy, Cell kCell, int kUnits, int kSumWarps, int kOwned = kOwn>
 class ForwardUnits {
  protected:
   using T = typename Policy::T;
-  using Owned = Own<kUnits>;
+  using Owned = Own<kUnits, kOwned>;
   static constexpr int G = gate_count(kCell), S = saved_count(kCell);
   static constexpr int kPitch = sum_pitch(G, kUnits);
   static constexpr bool kLstm = kCell == Cell::lstm;
@@ -45,7 +45,7 @@ class ForwardUnits {
         first_unit_(block * kUnits),
         unit_(first_unit_ + Owned::unit()),
         sums_(shared),
-        bias_(shared + kKWarps * tile * kPitch),
+        bias_(shared + kSumWarps * tile * kPitch),
         state_(bias_ + S * kUnits) {
     if (owns() && threadIdx.x < kUnits) add_biases();
   }
@@ -84,7 +84,7 @@ class ForwardUnits {
     Owned::for_sequences(owns() ? pass_size(step.active, first, tile_) : 0, [&](int i, int b) {
       const T* const row = gates(step.row + first + b);
 #pragma unroll
-      for (int gate = 0; gate < G; ++gate) x_[i][gate] = static_cast<float>(row[gate * p_.H]);
+      for (int gate = 0; gate < G; ++gate) x_[i].load(gate, row + gate * p_.H);
     });
   }
 
@@ -99,7 +99,7 @@ class ForwardUnits {
       if ((kLstm || kGru) && was_reset(b))
         *state = value_or_zero<T>(kLstm ? dir_.reset_c : dir_.reset_h, sequence * p_.H + unit_);
       float sums[G] = {};
-      add_sums<kKWarps>(sums_, tile_, kPitch, b, Owned::unit(), sums);
+      add_sums<kSumWarps>(sums_, tile_, kPitch, b, Owned::unit(), sums);
       float h;
       if constexpr (kLstm) {
         LstmGates<float> a = {x_[i][0] + bias(0) + sums[0], x_[i][1] + bias(1) + sums[1],
@@ -166,18 +166,24 @@ class ForwardUnits {
   const int tile_;
   const int first_unit_;  // of the block
   const int unit_;        // the thread's own
-  float* const sums_;     // [kKWarps, tile, kPitch]
+  float* const sums_;     // [kSumWarps, tile, kPitch]
 
  private:
   float* const bias_;   // [S, kUnits]
   float* const state_;  // [sequences, kUnits] c, or h of a GRU
-  float x_[kOwn][G] = {};
+  Loaded<T, G> x_[kOwned];
   SequenceBits<kUnits> resets_ = 0;
 };
 
 template <class Policy, Cell kCell, int kBlocks>
-class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks), kWarps> {
-  using Units = ForwardUnits<Policy, kCell, units_of(kBlocks), kWarps>;
+using ExchangedForwardUnits =
+    ForwardUnits<Policy, kCell, units_of(kBlocks), sum_warps(kBlocks),
+                 own_sequences(kBlocks, gate_count(kCell), sizeof(typename Policy::T))>;
+
+template <class Policy, Cell kCell, int kBlocks>
+class Forward : ExchangedForwardUnits<Policy, kCell, kBlocks> {
+  using Units = ExchangedForwardUnits<Policy, kCell, kBlocks>;
+  using BlockProduct = persistent::BlockProduct<Policy, kBlocks, gate_count(kCell), 1>;
   using typename Units::Owned;
   using typename Units::T;
   using Units::dir_;
@@ -188,13 +194,14 @@ class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks), kWarps> {
  public:
   // shared: [plan.shared_bytes]
   __device__ __forceinline__ Forward(const ForwardParams& p, int direction, int tile, float* shared,
-                                     bool handoff, void* workspace)
+                                     bool handoff, int shared_octets, void* workspace)
       : Units(p, direction, blockIdx.x, tile, shared),
         exchange_(p, direction, this->first_unit_, tile, handoff, workspace,
                   reinterpret_cast<T*>(this->behind_state(p.B))),
-        product_(
-            static_cast<int>(p.H), exchange_.behind_staged(tile),
-            [&](int gate, int, int unit, int k) { return this->load_weights(gate, unit, k); }) {
+        product_(make_product<BlockProduct>(
+            static_cast<int>(p.H), exchange_.behind_staged(tile), shared_octets,
+            exchange_.behind_slots(),
+            [&](int gate, int, int unit, int k) { return this->load_weights(gate, unit, k); })) {
     this->begin_state(0, p_.B);
     publish_state(kInitialSlot, dir_.h0);
     if (p.resets) publish_state(kResetSlot, dir_.reset_h);
@@ -256,24 +263,25 @@ class Forward : ForwardUnits<Policy, kCell, units_of(kBlocks), kWarps> {
   }
 
   const Exchange<T, 1, units_of(kBlocks), kGivenSlots> exchange_;
-  const Product<Policy, units_of(kBlocks), gate_count(kCell), 1, kBlocks> product_;
+  const BlockProduct product_;
 };
 
 // blockIdx: (block of units, direction behind the first).
 template <class Policy, Cell kCell, int kBlocks>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy::T), kBlocks))
     forward_kernel(const __grid_constant__ ForwardParams p, int first_direction, int tile,
-                   bool handoff, void* workspace) {
+                   bool handoff, int shared_octets, void* workspace) {
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
   const int direction = first_direction + blockIdx.y;
-  Forward<Policy, kCell, kBlocks> block(p, direction, tile, shared, handoff, workspace);
+  Forward<Policy, kCell, kBlocks> block(p, direction, tile, shared, handoff, shared_octets,
+                                        workspace);
   block.run(barrier_of(workspace, direction));
 }
 
 template <class Policy>
 void launch_forward(const CudaPlan& plan, const ForwardParams& params, void* workspace,
                     cudaStream_t stream) {
-  launch_persistent(plan, params, workspace, stream, [](auto cell, auto k_blocks) {
+  launch_persistent<Policy>(plan, params, workspace, stream, [](auto cell, auto k_blocks) {
     return forward_kernel<Policy, cell.value, k_blocks.value>;
   });
 }

@@ -101,7 +101,8 @@ RNN_FUSED_HD bool rows_aligned(const void* first, int64_t stride, int64_t H) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Policies: how a warp multiplies a tile of kSequences rows of X by its weights of one k-block
+// Policies: how a warp multiplies a tile of kSequences rows of X by its weights of one k-block,
+// both prepared
 // ---------------------------------------------------------------------------------------------
 
 // Of both kinds of mma: a lane has the sequences g and g + 8, and of the sums the units 2t, 2t + 1.
@@ -129,21 +130,27 @@ struct MmaTile {
         odd ? make_float4(got.x, got.y, own.x, own.y) : make_float4(own.x, own.y, got.x, got.y));
   }
 
-  // sums: those of the tile's first sequence. d: of units 8 * octet to 8 * octet + 7.
+  // sums: those of the tile's first sequence. d: of units 8 * octet to 8 * octet + 7. add: to what
+  // is there.
   template <int kColumns>
-  __device__ static void store(const float (&d)[kColumns][4], int octet, int pitch, float* sums) {
+  __device__ static void store(const float (&d)[kColumns][4], int octet, int pitch, float* sums,
+                               bool add = false) {
     const int lane = threadIdx.x % 32, unit = 8 * octet + lane % 4 * 2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float* const row = sums + sequence(lane, r) * pitch;
       if constexpr (kColumns == 1) {
-        *reinterpret_cast<float2*>(row + unit) = make_float2(d[0][2 * r], d[0][2 * r + 1]);
+        float2& to = *reinterpret_cast<float2*>(row + unit);
+        const float2 own = make_float2(d[0][2 * r], d[0][2 * r + 1]);
+        to = add ? make_float2(to.x + own.x, to.y + own.y) : own;
       } else {
 #pragma unroll
-        for (int u = 0; u < 2; ++u)
-          reinterpret_cast<float4*>(row)[unit + u] =
-              make_float4(d[0][2 * r + u], d[1][2 * r + u], d[2][2 * r + u],
-                          kColumns == 4 ? d[kColumns - 1][2 * r + u] : 0);
+        for (int u = 0; u < 2; ++u) {
+          float4& to = reinterpret_cast<float4*>(row)[unit + u];
+          const float4 own = make_float4(d[0][2 * r + u], d[1][2 * r + u], d[2][2 * r + u],
+                                         kColumns == 4 ? d[kColumns - 1][2 * r + u] : 0);
+          to = add ? make_float4(to.x + own.x, to.y + own.y, to.z + own.z, to.w + own.w) : own;
+        }
       }
     }
   }
@@ -178,9 +185,9 @@ struct Tf32 : MmaTile {
   using T = float;
   static constexpr int kMaxInFlight = 4;
 
-  __device__ static void prepare(Eight<T>& weights) {
+  __device__ static void prepare(Eight<T>& factor) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) weights.words[i] = gpu::to_tf32(weights.value(i));
+    for (int i = 0; i < 8; ++i) factor.words[i] = gpu::to_tf32(factor.value(i));
   }
 
   template <int kColumns>
@@ -189,8 +196,7 @@ struct Tf32 : MmaTile {
                                                   const Eight<T> (&w)[kColumns]) {
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
-      const uint32_t a[4] = {gpu::to_tf32(x[0].value(j)), gpu::to_tf32(x[1].value(j)),
-                             gpu::to_tf32(x[0].value(j + 1)), gpu::to_tf32(x[1].value(j + 1))};
+      const uint32_t a[4] = {x[0].words[j], x[1].words[j], x[0].words[j + 1], x[1].words[j + 1]};
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         const uint32_t b[2] = {w[c].words[j], w[c].words[j + 1]};
@@ -421,7 +427,9 @@ class Product {
 
   // d += x times an item's weights.
   __device__ __forceinline__ void add(float (&d)[kOctets][kColumns][4],
-                                      const Eight<T> (&x)[Policy::kRows], int item) const {
+                                      Eight<T> (&x)[Policy::kRows], int item) const {
+#pragma unroll
+    for (int r = 0; r < Policy::kRows; ++r) Policy::prepare(x[r]);
 #pragma unroll
     for (int octet = 0; octet < kOctets; ++octet) {
       if (item < kInRegisters) {
@@ -444,12 +452,12 @@ class Product {
 };
 
 // What all warps have summed for one unit of one sequence of the pass; always in the same order.
-// sums: [kKWarps, tile, pitch]
-template <int kKWarps, int kColumns>
+// sums: [kSumWarps, tile, pitch]
+template <int kSumWarps, int kColumns>
 __device__ __forceinline__ void add_sums(const float* sums, int tile, int pitch, int b, int unit,
                                          float (&total)[kColumns]) {
 #pragma unroll
-  for (int warp = 0; warp < kKWarps; ++warp) {
+  for (int warp = 0; warp < kSumWarps; ++warp) {
     const float* const row = sums + (warp * tile + b) * pitch;
     if constexpr (kColumns == 1) {
       total[0] += row[unit];

@@ -32,13 +32,14 @@ int64_t shared_bytes(const LayerShape& s, const CudaPlan& plan, int64_t element_
   using namespace persistent;
   const int units = plan.units, gates = gate_count(s.cell);
   const int64_t pitch = sum_pitch(backward ? 1 : gates, units * plan.cluster);
-  const int64_t sums = int64_t{kWarps} * tile * pitch;
+  const int64_t sums = int64_t{sum_warps(compiled_blocks(plan))} * tile * pitch;
   constexpr int64_t kBarriers = 4;  // two of 8 bytes, in static memory
   const int64_t parts = plan.cluster > 1 ? int64_t{2} * plan.cluster * tile * units + kBarriers : 0;
   const int64_t state = state_count(s.cell, backward) * s.B * units;
   const int64_t biases = backward ? 0 : saved_count(s.cell) * units;
-  const int64_t weights =
-      int64_t{plan.k_blocks - plan.register_blocks} * kWarps * kRun * gates * units * element_bytes;
+  const int64_t in_shared = units == kLargeUnits ? 0 : plan.k_blocks - plan.register_blocks;
+  const int64_t weights = in_shared * kWarps * kRun * gates * units * element_bytes +
+                          plan.shared_octets * octet_bytes(backward ? 1 : gates, element_bytes);
   const int64_t staged = int64_t{tile} * (backward ? gates : 1) * units * element_bytes;
   return (sums + parts + biases + state) * static_cast<int64_t>(sizeof(float)) + staged + weights;
 }
@@ -62,6 +63,18 @@ int64_t shared_bytes_of_cluster(const LayerShape& s, const CudaPlan& plan, int64
   return floats * static_cast<int64_t>(sizeof(float)) + values * element_bytes;
 }
 
+// Weights of a large block into what shared memory has left.
+void keep_octets(const LayerShape& s, CudaPlan& plan, int64_t element_bytes, bool backward,
+                 const GpuProperties& gpu) {
+  using namespace persistent;
+  const int64_t bytes = octet_bytes(backward ? 1 : gate_count(s.cell), element_bytes);
+  const int64_t all = int64_t{plan.k_blocks} * (backward ? gate_count(s.cell) : 1) * plan.units / 8;
+  const int64_t room = (gpu.shared_per_block - plan.shared_bytes) / bytes;
+  plan.shared_octets = static_cast<int>(std::min(all, room));
+  plan.streamed_octets = static_cast<int>(all) - plan.shared_octets;
+  plan.shared_bytes += plan.shared_octets * bytes;
+}
+
 // A plan for blocks of `units` in so many launches, in clusters of so many blocks, which divide K
 // among them; stepwise where the GPU has no room for it.
 CudaPlan plan_persistent(const LayerShape& s, const GpuProperties& gpu, bool backward, int units,
@@ -75,9 +88,11 @@ CudaPlan plan_persistent(const LayerShape& s, const GpuProperties& gpu, bool bac
   plan.k_blocks = static_cast<int>((s.H + kWarps * kRun - 1) / (kWarps * kRun));
   const int compiled = compiled_blocks(plan);
   const int gates = gate_count(s.cell);
-  plan.register_blocks = std::min(
-      plan.k_blocks, cluster > 1 ? register_blocks(element_bytes, 1, gates * units, compiled)
-                                 : register_blocks(element_bytes, gates, units, compiled));
+  const bool large = units == kLargeUnits;
+  if (!large)
+    plan.register_blocks = std::min(
+        plan.k_blocks, cluster > 1 ? register_blocks(element_bytes, 1, gates * units, compiled)
+                                   : register_blocks(element_bytes, gates, units, compiled));
   plan.launches = launches;
   plan.cluster = cluster;
   plan.blocks = round_up((s.H + units - 1) / units, cluster) * s.directions / launches;
@@ -93,12 +108,16 @@ CudaPlan plan_persistent(const LayerShape& s, const GpuProperties& gpu, bool bac
                     text(by_registers * sms));
 
   // A large tile has fewer barriers in a step, a small one leaves room for more blocks.
-  plan.batch_tile = static_cast<int>(
-      std::clamp<int64_t>(round_up(s.B, kMinBatchTile), kMinBatchTile, max_batch_tile(units)));
+  plan.batch_tile = static_cast<int>(std::clamp<int64_t>(
+      round_up(s.B, kMinBatchTile), kMinBatchTile,
+      max_batch_tile(units, own_sequences(compiled, backward ? 1 : gates, element_bytes))));
   for (;; plan.batch_tile = static_cast<int>(round_up(plan.batch_tile / 2, kMinBatchTile))) {
     plan.shared_bytes = shared_bytes(s, plan, element_bytes, backward, plan.batch_tile);
     const int64_t resident = gpu.shared_per_sm / (plan.shared_bytes + kReservedShared);
-    if (plan.shared_bytes <= gpu.shared_per_block && resident >= needed) return plan;
+    if (plan.shared_bytes <= gpu.shared_per_block && resident >= needed) {
+      if (large) keep_octets(s, plan, element_bytes, backward, gpu);
+      return plan;
+    }
     if (plan.batch_tile == kMinBatchTile)
       return stepwise(text(needed) + " blocks of " + text(plan.shared_bytes) +
                       " bytes of shared memory must fit in an SM of " + text(gpu.shared_per_sm) +
@@ -185,7 +204,9 @@ CudaPlan plan_cuda(const LayerShape& s, Precision precision, const GpuProperties
   if (split && gate_count(s.cell) == 1) return stepwise("one gate is nothing to divide");
   constexpr int64_t kMaxNarrow = int64_t{kMaxNarrowBlocks} * kWarps * kRun;
   constexpr int64_t kMaxWide = int64_t{kWideBlocks} * kWarps * kRun;
-  if (s.H > kMaxWide)
+  const bool exact = s.dtype == DType::f32 && precision == Precision::exact;
+  const bool large = !exact && (!forced || forced == Family::persistent);
+  if (s.H > kMaxWide && !large)
     return stepwise("a block holds the weights of H up to " + text(kMaxWide) + ", got " +
                     text(s.H));
 
@@ -194,24 +215,31 @@ CudaPlan plan_cuda(const LayerShape& s, Precision precision, const GpuProperties
                     ", got " + text(s.B));
 
   // Narrow blocks divide the work among more SMs. Wide ones read h on fewer of them, and cost the
-  // weights in shared memory a trip to the registers each step.
+  // weights in shared memory a trip to the registers each step. Large ones fit where the others
+  // would be too many.
+  constexpr int kNarrow = units_of(kMaxNarrowBlocks), kWide = units_of(kWideBlocks);
+  constexpr struct {
+    int units, launches;
+  } kWays[] = {{kNarrow, 1}, {kWide, 1},       {kNarrow, 2},
+               {kWide, 2},   {kLargeUnits, 1}, {kLargeUnits, 2}};
   CudaPlan best;
   double cost = 0;
-  for (int launches = 1; launches <= s.directions; ++launches)
-    for (int units : {units_of(kMaxNarrowBlocks), units_of(kWideBlocks)}) {
-      if (units == units_of(kMaxNarrowBlocks) && s.H > kMaxNarrow) continue;
-      CudaPlan plan = plan_persistent(s, gpu, backward, units, launches,
-                                      split && backward ? gate_count(s.cell) : 1);
-      if (forced && plan.family == Family::persistent) plan.family = *forced;
-      const bool runs = plan.family != Family::stepwise;
-      if (runs && forced) return plan;
-      const double its = runs ? predict_step(s, precision, gpu, plan, backward).total() : 0;
-      const bool first = best.family == Family::stepwise;
-      if (runs ? first || its < cost : first) {
-        best = plan;
-        cost = its;
-      }
+  for (const auto& [units, launches] : kWays) {
+    if (launches > s.directions || (units == kNarrow && s.H > kMaxNarrow) ||
+        (units == kWide && s.H > kMaxWide) || (units == kLargeUnits && !large))
+      continue;
+    CudaPlan plan = plan_persistent(s, gpu, backward, units, launches,
+                                    split && backward ? gate_count(s.cell) : 1);
+    if (forced && plan.family == Family::persistent) plan.family = *forced;
+    const bool runs = plan.family != Family::stepwise;
+    if (runs && forced) return plan;
+    const double its = runs ? predict_step(s, precision, gpu, plan, backward).total() : 0;
+    const bool first = best.family == Family::stepwise;
+    if (runs ? first || its < cost : first) {
+      best = plan;
+      cost = its;
     }
+  }
   const double other = predict_step(s, precision, gpu, {}, backward).total();
   if (!forced && best.family != Family::stepwise && cost > other)
     return stepwise("predicted " + microseconds(other) + " a step, persistent " +

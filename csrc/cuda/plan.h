@@ -29,10 +29,13 @@ enum class Precision { exact, tf32 };
 struct CudaPlan {
   Family family = Family::stepwise;
   // Of the persistent kernels, and of those of clusters; all 0 for the stepwise ones.
-  int units = 0;             // hidden units of a block
-  int warps = 0;             // of a block
-  int k_blocks = 0;          // runs of 32 of h, or of gradients, that a warp multiplies
-  int register_blocks = 0;   // with weights in registers; the rest have theirs in shared memory
+  int units = 0;            // hidden units of a block
+  int warps = 0;            // of a block
+  int k_blocks = 0;         // runs of 32 of h, or of gradients, that a warp multiplies
+  int register_blocks = 0;  // with weights in registers; the rest have theirs in shared memory
+  // Of a large block, whose weights are kept by octets: those of eight units for a k-block of h, or
+  // of one gate's gradients. In shared memory, and read from L2 in every step.
+  int shared_octets = 0, streamed_octets = 0;
   int batch_tile = 0;        // sequences of a pass, or of a cluster
   int launches = 0;          // 2: one direction after the other
   int64_t blocks = 0;        // of a launch
@@ -59,16 +62,42 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kRun = 32;  // consecutive values of h that a warp multiplies at a time
 
 // Kernels are compiled for these numbers of k-blocks; H between them leaves some out. The narrow
-// ones have all weights in registers, the wide one the rest in shared memory.
+// ones have all weights in registers, the wide one the rest in shared memory. The large one runs
+// any number: its weights are in shared memory, and the rest of them in L2.
 constexpr int kNarrowBlocks[] = {1, 2, 4};
 constexpr int kMaxNarrowBlocks = 4;
 constexpr int kWideBlocks = 8;
-RNN_FUSED_HD constexpr int units_of(int k_blocks) { return k_blocks > kMaxNarrowBlocks ? 16 : 8; }
+constexpr int kAnyBlocks = 0;
+RNN_FUSED_HD constexpr int units_of(int k_blocks) {
+  return k_blocks == kAnyBlocks ? 32 : k_blocks > kMaxNarrowBlocks ? 16 : 8;
+}
+constexpr int kLargeUnits = units_of(kAnyBlocks);
+
+// Bytes of an octet in a block: of its eight units, those of all warps.
+RNN_FUSED_HD constexpr int64_t octet_bytes(int columns, int64_t element_bytes) {
+  return int64_t{8} * kWarps * kRun * columns * element_bytes;
+}
+
+// Tiles of sequences that a large block multiplies together, so that every weight comes by once for
+// all of these: as many as registers have sums for.
+RNN_FUSED_HD constexpr int large_tiles(int columns, int64_t element_bytes) {
+  return columns * element_bytes <= 8 ? 2 : 1;
+}
 
 // A thread's own sequences of a pass; each is one unit's.
 constexpr int kOwn = 2;
-RNN_FUSED_HD constexpr int max_batch_tile(int units) { return kOwn * kThreads / units; }
+RNN_FUSED_HD constexpr int own_sequences(int k_blocks, int columns, int64_t element_bytes) {
+  return k_blocks == kAnyBlocks ? large_tiles(columns, element_bytes) * kOwn : kOwn;
+}
+RNN_FUSED_HD constexpr int max_batch_tile(int units, int own = kOwn) {
+  return own * kThreads / units;
+}
 constexpr int kMinBatchTile = 16;  // the rows of one mma
+
+// Warps whose sums of the product are in shared memory: in large blocks the others add theirs.
+RNN_FUSED_HD constexpr int sum_warps(int k_blocks) {
+  return k_blocks == kAnyBlocks ? kWarps / 2 : kWarps;
+}
 
 // Sequences, and their places in shared memory, are ints in a block.
 constexpr int64_t kMaxSequences = 1 << 26;
@@ -78,11 +107,12 @@ constexpr int64_t kRegistersPerSm = 65536;  // that the launch bounds reckon wit
 // Blocks that the registers of an SM have room for: the launch bounds of the kernels, and what the
 // plan relies on. A spill fails the build.
 RNN_FUSED_HD constexpr int blocks_per_sm(int64_t element_bytes, int k_blocks) {
-  return element_bytes * k_blocks <= 2 ? 2 : 1;
+  return k_blocks != kAnyBlocks && element_bytes * k_blocks <= 2 ? 2 : 1;
 }
 
 // Of the kernel that runs a plan. K-blocks beyond the plan's multiply nothing.
 inline int compiled_blocks(const CudaPlan& plan) {
+  if (plan.units == kLargeUnits) return kAnyBlocks;
   if (plan.units == units_of(kWideBlocks)) return kWideBlocks;
   for (int k_blocks : kNarrowBlocks)
     if (k_blocks >= plan.k_blocks) return k_blocks;

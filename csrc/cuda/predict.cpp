@@ -64,6 +64,20 @@ struct Model {
            rows * plan.units * kGateInstructions / 128 + kGateLatency;
   }
 
+  // Of a large block, which reads its weights once for all tiles that it multiplies together; what
+  // is not in shared memory it has written once, and from L2, if that has room for all blocks'.
+  void add_octets(StepCost& cost) const {
+    const int columns = backward ? 1 : gate_count(s.cell), element = static_cast<int>(bytes);
+    const double together = persistent::kMinBatchTile * persistent::large_tiles(columns, element);
+    const double passes = round_up(B, together) / together;
+    const double octet = static_cast<double>(persistent::octet_bytes(columns, element));
+    const double streamed = plan.streamed_octets * octet;
+    const double all = streamed * static_cast<double>(plan.blocks);
+    cost.shared += passes * plan.shared_octets * octet / kShared;
+    cost.traffic += (passes + 2 / static_cast<double>(s.T)) *
+                    std::max(streamed / kL2OfSm, all / (all > kL2Bytes ? kMemory : kL2OfGpu));
+  }
+
   // The sums that so many warps leave in shared memory and the gates read, and the weights there.
   double sums(double rows, double warps, double gates, int units) const {
     return 2 * warps * rows * persistent::sum_pitch(static_cast<int>(gates), units) * 4;
@@ -79,9 +93,11 @@ struct Model {
     StepCost cost;
     cost.waits = (plan.family == Family::handoff ? kHandoff : kGridBarrier) * kClock;
     cost.traffic = std::max(read / kL2OfSm, read * static_cast<double>(plan.blocks) / kL2OfGpu);
-    cost.shared = (sums(B, persistent::kWarps, columns, plan.units * plan.cluster) +
-                   weights(B, persistent::kWarps * persistent::kRun)) /
-                  kShared;
+    cost.shared = sums(B, persistent::kWarps, columns, plan.units * plan.cluster) / kShared;
+    if (plan.units == persistent::kLargeUnits)
+      add_octets(cost);
+    else
+      cost.shared += weights(B, persistent::kWarps * persistent::kRun) / kShared;
     if (plan.cluster > 1) {
       cost.waits += kClusterTrip * kClock * (round_up(B, plan.batch_tile) / plan.batch_tile);
       cost.traffic += B * plan.units * plan.cluster * 4 / kOtherSm;

@@ -15,9 +15,9 @@
 namespace rnn_fused::persistent {
 
 template <class Policy, Cell kCell, int kBlocks>
-class SplitBackward : ExchangedBackwardUnits<Policy, kCell, units_of(kBlocks)> {
+class SplitBackward : ExchangedBackwardUnits<Policy, kCell, kBlocks> {
   static constexpr int kUnits = units_of(kBlocks);
-  using Units = ExchangedBackwardUnits<Policy, kCell, kUnits>;
+  using Units = ExchangedBackwardUnits<Policy, kCell, kBlocks>;
   using typename Units::T;
   using Units::dir_;
   using Units::direction_;
@@ -118,7 +118,7 @@ class SplitBackward : ExchangedBackwardUnits<Policy, kCell, units_of(kBlocks)> {
 template <class Policy, Cell kCell, int kBlocks>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy::T), kBlocks))
     split_backward_kernel(const __grid_constant__ BackwardParams p, int first_direction, int tile,
-                          bool, void* workspace) {
+                          bool, int, void* workspace) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
   RNN_FUSED_SHARED(uint64_t, full, [2]);
@@ -134,8 +134,8 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy
 template <class Policy>
 void launch_backward(const CudaPlan& plan, const BackwardParams& params, void* workspace,
                      cudaStream_t stream) {
-  launch_persistent(plan, params, workspace, stream, [&](auto cell, auto k_blocks) {
-    if constexpr (gate_count(cell.value) > 1)
+  launch_persistent<Policy>(plan, params, workspace, stream, [&](auto cell, auto k_blocks) {
+    if constexpr (gate_count(cell.value) > 1 && k_blocks.value != kAnyBlocks)
       if (plan.cluster > 1) return split_backward_kernel<Policy, cell.value, k_blocks.value>;
     return backward_kernel<Policy, cell.value, k_blocks.value>;
   });

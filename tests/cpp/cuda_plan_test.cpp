@@ -65,8 +65,9 @@ TEST_CASE("what the persistent kernels cannot do") {
   CHECK(mentions(plan(s, kH100), "projection, P = 100"));
   CHECK(mentions(plan(shape(32, 256, 1, Cell::gru, DType::f64), kH100), "float64"));
   CHECK(mentions(plan(shape(32, 256), kT4), "got 75"));
-  CHECK(mentions(plan(shape(32, 2049), kH100), "up to 2048, got 2049"));
-  for (const CudaPlan& p : {plan(s, kH100), plan(shape(32, 2049), kB200)}) {
+  const LayerShape exact = shape(32, 2049, 1, Cell::lstm, DType::f32);
+  CHECK(mentions(plan(exact, kH100), "up to 2048, got 2049"));
+  for (const CudaPlan& p : {plan(s, kH100), plan(exact, kB200)}) {
     CHECK(p.family == Family::stepwise);
     CHECK(p.blocks == 0);
     CHECK(p.shared_bytes == 0);
@@ -143,7 +144,7 @@ TEST_CASE("predictions grow with the work, and with what limits it") {
 }
 
 // One block to an SM; two of 16-bit types for H up to 256. Where narrow blocks are too many, wide
-// ones may fit, and where both directions do not, one after the other may.
+// ones may fit, and where both directions do not, one after the other may; then large ones.
 TEST_CASE("all blocks of a launch are resident at once") {
   struct How {
     int units, launches;  // 0 and 0: stepwise
@@ -168,19 +169,90 @@ TEST_CASE("all blocks of a launch are resident at once") {
   CHECK(how(1025, 1, kH100) == How{16, 1});
   CHECK(how(2048, 1, kH100) == How{16, 1});
   CHECK(how(2048, 2, kH100) == How{16, 2});
+  CHECK(how(2049, 1, kH100) == How{32, 1});
+  CHECK(how(2112, 2, kH100) == How{32, 1});
+  CHECK(how(2113, 2, kH100) == How{32, 2});
+  CHECK(how(4224, 1, kH100) == How{32, 1});
+  CHECK(how(4225, 1, kH100) == How{0, 0});
   CHECK(how(864, 1, kA100) == How{8, 1});
   CHECK(how(865, 1, kA100) == How{16, 1});
   CHECK(how(864, 2, kA100) == How{16, 1});
   CHECK(how(872, 2, kA100) == How{16, 2});
   CHECK(how(1024, 1, kRtx4090) == How{8, 1});
   CHECK(how(256, 1, kSmall) == How{8, 1});
-  CHECK(how(257, 1, kSmall) == How{0, 0});
+  CHECK(how(257, 1, kSmall) == How{32, 1});
+  CHECK(how(512, 1, kSmall) == How{32, 1});
+  CHECK(how(513, 1, kSmall) == How{0, 0});
   CHECK(how(128, 2, kSmall) == How{8, 1});
   CHECK(how(129, 2, kSmall) == How{8, 2});
   CHECK(plan(shape(16, 128, 1, Cell::lstm, DType::f32), kSmall).units == 8);
   CHECK(plan(shape(16, 129, 1, Cell::lstm, DType::f32), kSmall).units == 16);
-  CHECK(mentions(plan(shape(16, 257), kSmall), "17 blocks of 16 hidden units must be resident"));
-  CHECK(mentions(plan(shape(16, 257), kSmall), "room for 16"));
+  CHECK(mentions(plan(shape(16, 513), kSmall), "17 blocks of 32 hidden units must be resident"));
+  CHECK(mentions(plan(shape(16, 513), kSmall), "room for 16"));
+}
+
+TEST_CASE("weights of large blocks are in shared memory as far as there is room") {
+  for (Cell cell : {Cell::lstm, Cell::gru, Cell::rnn_tanh})
+    for (const auto& [dtype, precision] :
+         {std::pair{DType::bf16, Precision::exact}, {DType::f32, Precision::tf32}})
+      for (int64_t H : {2560, 2816, 4096})
+        for (int64_t B : {1, 32, 128})
+          for (bool backward : {false, true}) {
+            const LayerShape s = shape(B, H, 1, cell, dtype);
+            const CudaPlan p = plan_cuda(s, precision, kH100, backward, Family::persistent);
+            CAPTURE(p.why);
+            REQUIRE(p.units == 32);
+            CHECK(p.blocks == (H + 31) / 32);
+            CHECK(p.register_blocks == 0);
+            // All of them, as [k-block, group, octet of units] of some columns.
+            const int gates = gate_count(cell), columns = backward ? 1 : gates;
+            const int element = dtype == DType::f32 ? 4 : 2, octet = 8 * 256 * columns * element;
+            const int all = static_cast<int>((H + 255) / 256) * (backward ? gates : 1) * 4;
+            CHECK(p.shared_octets + p.streamed_octets == all);
+            CHECK(p.shared_octets > 0);
+            // [4 warps, tile, 32 units + 8, or 32 * 4 gates + 4] sums, biases, [B, 32] state, and
+            // what is staged.
+            const int tiles = columns * element <= 8 ? 2 : 1;
+            CHECK(p.batch_tile == (B == 1 ? 16 : 16 * tiles));
+            const int state = cell == Cell::rnn_tanh           ? backward
+                              : backward && cell == Cell::lstm ? 2
+                                                               : 1;
+            const int64_t others = 4 * (4 * p.batch_tile * (columns == 1 ? 40 : 132) +
+                                        (backward ? 0 : saved_count(cell) * 32) + state * B * 32) +
+                                   element * p.batch_tile * 32 * (backward ? gates : 1);
+            CHECK(p.shared_bytes == others + int64_t{p.shared_octets} * octet);
+            CHECK(p.shared_bytes <= kH100.shared_per_block);
+            CHECK((p.streamed_octets == 0 || p.shared_bytes + octet > kH100.shared_per_block));
+          }
+  // An RNN's fit.
+  CHECK(plan(shape(16, 2560, 1, Cell::rnn_tanh), kH100).streamed_octets == 0);
+}
+
+TEST_CASE("what large blocks read from L2 is in their prediction") {
+  // A GPU with less shared memory has the same blocks, and more to read.
+  GpuProperties less = kH100;
+  less.shared_per_block -= 64 << 10;
+  const LayerShape s = shape(16, 2816, 1, Cell::gru);
+  const CudaPlan p = plan(s, kH100), other = plan(s, less);
+  CHECK(other.streamed_octets > p.streamed_octets);
+  CHECK(predict_step(s, Precision::exact, less, other, false).traffic >
+        predict_step(s, Precision::exact, kH100, p, false).traffic);
+  // Sequences that are multiplied together cost no more reading, others do.
+  const auto beyond_h = [&](int64_t B) {
+    const LayerShape many = shape(B, 2816, 1, Cell::gru);
+    CudaPlan none = p;
+    none.streamed_octets = 0;
+    const auto traffic = [&](const CudaPlan& plan) {
+      return predict_step(many, Precision::exact, kH100, plan, false).traffic;
+    };
+    return traffic(p) - traffic(none);
+  };
+  CHECK(beyond_h(1) == doctest::Approx(beyond_h(32)));
+  CHECK(beyond_h(64) == doctest::Approx(2 * beyond_h(32)).epsilon(0.02));
+  // A sequence of one step has to write them too.
+  LayerShape one = s;
+  one.T = 1;
+  CHECK(predicted(one, p) > predicted(s, p));
 }
 
 TEST_CASE("weights beyond a wide block's registers are in shared memory") {
@@ -349,20 +421,22 @@ TEST_CASE("backward the blocks of a cluster divide the gates") {
 }
 
 TEST_CASE("blocks that hand off are those of the persistent kernels") {
-  for (int64_t H : {64, 768, 2048})
+  for (int64_t H : {64, 768, 1728, 1729})
     for (int directions : {1, 2})
       for (bool backward : {false, true}) {
         const LayerShape s = shape(16, H, directions);
         const CudaPlan p = plan_cuda(s, Precision::exact, kA100, backward, Family::handoff);
         const CudaPlan with_barrier =
             plan_cuda(s, Precision::exact, kA100, backward, Family::persistent);
-        CHECK(p.family ==
-              (with_barrier.family == Family::stepwise ? Family::stepwise : Family::handoff));
+        if (with_barrier.units == 32 || with_barrier.family == Family::stepwise) {
+          CHECK(p.family == Family::stepwise);  // large blocks do not
+          continue;
+        }
+        CHECK(p.family == Family::handoff);
         CHECK(p.blocks == with_barrier.blocks);
         CHECK(p.shared_bytes == with_barrier.shared_bytes);
         CHECK(p.cluster == with_barrier.cluster);
-        if (p.family == Family::handoff)
-          CHECK(predicted(s, p, backward) < predicted(s, with_barrier, backward));
+        CHECK(predicted(s, p, backward) < predicted(s, with_barrier, backward));
       }
 }
 

@@ -14,6 +14,11 @@ constexpr Host kOneThread = {nullptr, 1};
 constexpr GpuProperties kH100 = {90, 132, 65536, 233472, 232448};
 // Room for one direction of up to 304 units in wide blocks.
 constexpr GpuProperties kSmall = {90, 19, 65536, 233472, 232448};
+// So few SMs that even layers of a few units are in large blocks. Of shared memory these have room
+// for all weights, for some, or, forward in the LSTM with 16 sequences and more, for next to none.
+constexpr GpuProperties kTwoSms = {80, 2, 65536, 233472, 232448};
+constexpr GpuProperties kTwoSmallSms = {80, 2, 65536, 65536, 57344};
+constexpr GpuProperties kFewSms = {120, 19, 65536, 102400, 101376};
 // With the shared memory of an H100, but no clusters of more than 8 blocks.
 constexpr GpuProperties kFewToACluster = {110, 132, 65536, 233472, 232448};
 
@@ -291,6 +296,35 @@ TEST_CASE("clusters equal the CPU core") {
 // Of LSTMs in float32, which have the fewest weights in registers, some are in shared memory.
 TEST_CASE("wide blocks, and one direction after the other, equal the CPU core") {
   check_all({300, 304}, {1, kLargeBatch}, {1, 3}, 7, kSmall);
+}
+
+// Which have weights in shared memory, and some in device memory.
+TEST_CASE("large blocks equal the CPU core") {
+  const LayerShape some = {Cell::lstm, DType::bf16, 2, 17, 40, 40, 1, nullptr, nullptr};
+  for (bool backward : {false, true}) {
+    const auto plan = [&](const GpuProperties& gpu) {
+      return plan_cuda(some, Precision::exact, gpu, backward, Family::persistent);
+    };
+    REQUIRE(plan(kTwoSms).units == 32);
+    REQUIRE(plan(kTwoSms).streamed_octets == 0);
+    REQUIRE(plan(kTwoSmallSms).shared_octets > 0);
+    REQUIRE(plan(kTwoSmallSms).streamed_octets > 0);
+  }
+  Random random(14);
+  for (const auto& [dtype, precision] : {std::pair{DType::bf16, Precision::exact},
+                                         {DType::f16, Precision::exact},
+                                         {DType::f32, Precision::tf32}})
+    for (const GpuProperties& gpu : {kTwoSms, kTwoSmallSms})
+      for (int64_t H : {40, 64})
+        for (Cell cell : {Cell::lstm, Cell::gru, Cell::rnn_tanh, Cell::rnn_relu})
+          check_cells(dtype, precision, H, {cell}, {1, 3, 17, kLargeBatch}, {1, 3}, gpu, random);
+#ifndef __SANITIZE_THREAD__  // takes long there
+  // Of several k-blocks.
+  check_cells(DType::bf16, Precision::exact, 600, {Cell::lstm, Cell::gru, Cell::rnn_tanh}, {3, 17},
+              {2}, kFewSms, random);
+  check_cells(DType::f32, Precision::tf32, 580, {Cell::lstm, Cell::gru, Cell::rnn_tanh}, {3}, {2},
+              kFewSms, random);
+#endif
 }
 
 #ifndef __SANITIZE_THREAD__  // more blocks than it has room for
