@@ -28,9 +28,9 @@ from rnn_fused.bench import (
     forecaster,
     grid,
     interleave,
+    irregular,
     load_grids,
     providers,
-    ragged,
     timer,
     workload,
 )
@@ -279,12 +279,52 @@ def test_the_same_problems_on_the_cpu() -> None:
 
 
 def test_packed_providers_compute_the_same() -> None:
-    case = Case(SMALL, torch.float32, "training", CPU, lengths=ragged.lengths(SMALL))
+    case = Case(SMALL, torch.float32, "training", CPU, lengths=irregular.lengths(SMALL))
     assert case.lengths is not None
     assert case.lengths[0] == 6
     assert list(case.lengths) == sorted(case.lengths, reverse=True)
     results = contenders(case, ["rnn_fused"])["rnn_fused"].results()
     assert results["output"].shape == (sum(case.lengths), 4)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_providers_with_resets_compute_the_same(cell: str, layers: int) -> None:
+    problem = replace(SMALL, cell=cell, layers=layers, T=20, reset_p=0.3)
+    case = Case(problem, torch.float64, "training", CPU)
+    assert case.layout == "resets"
+    with_resets = contenders(case, ["rnn_fused"])["rnn_fused"].results()
+    dense = contenders(replace(case, problem=replace(problem, reset_p=0.0)), ["rnn_fused"])
+    assert (with_resets["output"] - dense["rnn_fused"].results()["output"]).abs().max() > 1e-3
+
+
+def test_torch_nn_a_timestep_at_a_time_is_torch_nn() -> None:
+    torch.manual_seed(0)
+    stepped, x = providers.Stepped(SMALL), torch.randn(SMALL.T, SMALL.B, SMALL.I)
+    output, state = stepped(x, torch.zeros(SMALL.T, SMALL.B, dtype=torch.bool))
+    expected, last = stepped.cell(x)
+    torch.testing.assert_close((output, *state), (expected, *last))
+    output, _ = stepped(x, torch.ones(SMALL.T, SMALL.B, dtype=torch.bool))
+    torch.testing.assert_close(output[2:3], stepped.cell(x[2:3])[0])
+
+
+def test_what_resets_and_lengths_are_compared_on() -> None:
+    both = replace(SMALL, T=10, B=8, directions=2)
+    others = [replace(SMALL, T=10, B=7), replace(SMALL, T=9, B=8)]
+    many = [replace(SMALL, T=10, B=8, H=h) for h in range(1, 21)]
+    for section, extra in ((irregular.RAGGED, [both]), (irregular.RESETS, [])):
+        assert irregular.worth_it(section, [*others, *many, both], CPU) == [*many, *extra]
+        few = irregular.worth_it(section, many, torch.device("cuda"))
+        assert len(few) == irregular.MOST
+        assert [few[0], few[-1]] == [many[0], many[-1]]
+        assert irregular.worth_it(section, many[:3], torch.device("cuda")) == many[:3]
+    for section, layout in ((irregular.RAGGED, "packed"), (irregular.RESETS, "resets")):
+        outcome = irregular.compare(
+            section, Case(many[3], torch.float32, "training", CPU), Settings(budget_s=0)
+        )
+        assert [row.layout for row in outcome.rows] == [layout, layout, "dense"]
+        assert outcome.valid == (1 if section == irregular.RESETS else pytest.approx(0.7, abs=0.3))
+        assert outcome.overhead > 0
 
 
 @pytest.mark.parametrize("pass_", ["inference", "training"])
@@ -351,7 +391,7 @@ def test_cuda_has_defaults_of_its_own() -> None:
         "rnn_fused", "rnn_fused stepwise", "rnn_fused persistent", "rnn_fused handoff",
         "rnn_fused split", "rnn_fused cluster", "flashrnn", "haste", "torchrl", "naive",
     }  # fmt: skip
-    assert options.sections == ("devices", "grid")
+    assert options.sections == ("devices", "ragged", "resets", "grid")
     assert parse([]).providers == (
         "rnn_fused", "rnn_fused frozen", "onnxruntime", "jax", "naive",
     )  # fmt: skip
@@ -485,7 +525,7 @@ def test_command_line_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert all(r["threads"] == "1" and r["torch"] == torch.__version__ for r in rows)
     content = json.loads((output / "bench.json").read_text())
     assert content["forecaster"]["agrees"]
-    assert len(content["ragged"]) == 2
+    assert len(content["ragged"]) == len(content["resets"]) == 2
     assert sum(group["rows"] for group in content["grid"]["summary"]) == 8
 
 

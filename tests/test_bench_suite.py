@@ -13,7 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rnn_fused.bench import Case, Problem, Settings, contenders, grid, memory, providers, ragged
+from rnn_fused.bench import (
+    Case,
+    Problem,
+    Settings,
+    contenders,
+    grid,
+    irregular,
+    memory,
+    providers,
+)
 from rnn_fused.bench.__main__ import INTERRUPTED, main, parse
 from rnn_fused.bench.problems import load_grids
 from rnn_fused.bench.providers import Haste, not_installed, plain_name
@@ -371,21 +380,21 @@ def test_nothing_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_one_wrong_result_does_not_end_a_section(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = ragged.compare
+    real = irregular.compare
 
-    def compare(problem: Problem, *arguments: Any) -> ragged.Ragged:
-        if problem.cell == "lstm":
+    def compare(section: str, case: Case, settings: Settings) -> irregular.Irregular:
+        if case.problem.cell == "lstm":
             raise WrongResultError("[rnn_fused] lstm T=10 B=8 H=8 float32 training: wrong")
-        return real(problem, *arguments)
+        return real(section, case, settings)
 
-    monkeypatch.setattr(ragged, "compare", compare)
+    monkeypatch.setattr(irregular, "compare", compare)
     arguments = command(tmp_path, "--against", "torch")
     arguments[arguments.index("grid", arguments.index("--sections"))] = "ragged"
     assert main(arguments) == 1
     content = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [outcome["problem"][:3] for outcome in content["ragged"]] == ["gru"]
     assert len(content["failures"]) == 1
-    monkeypatch.setattr(ragged, "compare", real)
+    monkeypatch.setattr(irregular, "compare", real)
     assert main([*arguments, "--resume"]) == 0
     content = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert len(content["ragged"]) == 2

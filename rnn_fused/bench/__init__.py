@@ -6,7 +6,7 @@
 | `problems.py`, `grids.json` | the sizes of the field |
 | `providers.py`, `onnx_layer.py`, `jax_layer.py` | whose layer is timed |
 | `workload.py` | one pass of it, verified against float64 |
-| `grid.py`, `devices.py`, `ragged.py`, `forecaster.py` | the sections |
+| `grid.py`, `devices.py`, `irregular.py`, `forecaster.py` | the sections |
 | `memory.py`, `footprint.py` | peak memory, a command of its own; the same counted from shapes |
 | `records.py`, `summary.py` | the schema of every row; means, losses, worst rows |
 | `results.py`, `session.py` | the folder of a run, going on after a stop; the run |

@@ -18,7 +18,7 @@ from .session import LostDeviceError, Options, Session
 from .workload import WrongResultError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-SECTIONS = ("grid", "devices", "ragged", "forecaster")
+SECTIONS = ("grid", "devices", "ragged", "resets", "forecaster")
 AGAINST = ("torch", "naive", *OTHERS)
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 # What is run where nothing else is said, most wanted first. "cuda" stands for any accelerator.
@@ -26,14 +26,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
         "grid": ["everyday"],
         "dtype": ["float32", "bfloat16"],
-        "sections": ["grid", "ragged", "forecaster"],
+        "sections": ["grid", "ragged", "resets", "forecaster"],
         "families": [],
         "time_per_row": 1.0,
     },
     "cuda": {
         "grid": ["deepbench_train", "flashrnn", "rl", "everyday"],
         "dtype": ["bfloat16", "float16", "float32"],
-        "sections": ["devices", "grid"],
+        "sections": ["devices", "ragged", "resets", "grid"],
         "families": ["stepwise", "persistent", "handoff", "split", "cluster"],
         "time_per_row": 0.2,
     },

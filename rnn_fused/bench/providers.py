@@ -57,6 +57,29 @@ class NaiveLoop(nn.Module):
         return torch.stack(outputs), state.unsqueeze(0)
 
 
+class Stepped(nn.Module):
+    """torch.nn's layers over sequences with resets, which they cannot run at once: a timestep at a
+    time, with the state set to zero in between."""
+
+    def __init__(self, problem: Problem) -> None:
+        """Build the layers of `problem`."""
+        super().__init__()
+        self.cell = layer_from(nn, problem)
+
+    def forward(self, x: Tensor, resets: Tensor) -> tuple[Tensor, Any]:
+        """Run [T, B, I] with resets [T, B] -> [T, B, H] and the last state."""
+        state: Any = None
+        outputs = []
+        for x_t, keep in zip(x.split(1), (~resets).to(x.dtype).unsqueeze(-1), strict=True):
+            if isinstance(state, tuple):
+                state = state[0] * keep, state[1] * keep
+            elif state is not None:
+                state = state * keep
+            output, state = self.cell(x_t, state)
+            outputs.append(output)
+        return torch.cat(outputs), state
+
+
 class Forced(nn.Module):
     """Our layer, by one family of kernels. A backward pass runs its forward pass's family."""
 
@@ -190,7 +213,7 @@ def forced(family: str) -> str:
 
 
 PROVIDERS: dict[str, Callable[[Problem], nn.Module]] = {
-    "torch.nn": lambda problem: layer_from(nn, problem),
+    "torch.nn": lambda p: Stepped(p) if p.reset_p > 0 else layer_from(nn, p),
     "rnn_fused": lambda problem: layer_from(ours(), problem),
     "rnn_fused recompute": lambda problem: layer_from(ours(), problem, save="recompute"),
     FROZEN: FrozenLayer,

@@ -54,7 +54,7 @@ class Row:
     I: int  # noqa: E741  the field's name for the input size
     H: int
     layers: int
-    layout: str  # "dense" or "packed"
+    layout: str  # "dense", "packed" or "resets"
     dtype: str
     pass_: str
     p20_ms: float
@@ -114,7 +114,7 @@ def make_row(
         H=problem.H,
         layers=problem.layers,
         directions=problem.directions,
-        layout="packed" if case.lengths else "dense",
+        layout=case.layout,
         dtype=dtype_name(case.dtype),
         pass_=case.pass_,
         p20_ms=timing.quantile(0.2) * 1e3,

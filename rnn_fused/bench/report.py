@@ -8,7 +8,7 @@ from typing import Any
 from .devices import on_cpu
 from .extras import require
 from .forecaster import Forecast
-from .ragged import Ragged
+from .irregular import RAGGED, RESETS, Irregular
 from .records import Row
 from .summary import Group
 
@@ -101,18 +101,23 @@ def summary_table(groups: Iterable[Group]) -> Any:
     return table
 
 
-def ragged_table(outcomes: Iterable[Ragged]) -> Any:
-    """Ragged training against the dense cost of the same steps."""
-    columns = ("problem", "valid steps", "dense ms", "packed ms", "overhead", "ratio")
-    title = "Ragged training (overhead 1: a valid step costs what it does dense; ratio to torch.nn)"
-    table = _table(title, columns)
+def irregular_table(section: str, outcomes: Iterable[Irregular]) -> Any:
+    """Training with lengths or resets against the dense cost of the same steps."""
+    columns = ("problem", "valid steps", "dense ms", f"{section} ms", "overhead", "ratio")
+    what = {
+        RAGGED: "Ragged training (overhead 1: a valid step costs what it does dense; "
+        "ratio to torch.nn)",
+        RESETS: "Training with resets (overhead 1: they cost nothing; ratio to torch.nn, a "
+        "timestep at a time)",
+    }
+    table = _table(what[section], columns)
     for outcome in outcomes:
-        _, packed, dense = outcome.rows
+        _, with_it, dense = outcome.rows
         table.add_row(
             outcome.problem,
             f"{outcome.valid:.0%}",
             f"{dense.p50_ms:.3f}",
-            f"{packed.p50_ms:.3f}",
+            f"{with_it.p50_ms:.3f}",
             f"{outcome.overhead:.2f}",
             _ratio(outcome.ratio),
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import devices, forecaster, grid, memory, page, ragged, report
+from . import devices, forecaster, grid, irregular, memory, page, report
 from .extras import require
 from .plot import plot_forecast
 from .problems import Problem, select
@@ -118,7 +118,8 @@ class Session:
         sections: dict[str, Callable[[], bool]] = {
             "grid": self.grid,
             "devices": self.devices,
-            "ragged": self.ragged,
+            irregular.RAGGED: partial(self.irregular, irregular.RAGGED),
+            irregular.RESETS: partial(self.irregular, irregular.RESETS),
             "forecaster": self.forecaster,
         }
         with _threads(self.options.threads):
@@ -332,22 +333,22 @@ class Session:
         self.results.content[devices.SECTION] = [columns(row) for row in found]
         return not dropped
 
-    def ragged(self) -> bool:
-        """Packed training of the grid's problems, in the first dtype."""
+    def irregular(self, section: str) -> bool:
+        """Training with lengths or resets of the grid's problems, in the first dtype."""
         options = self.options
-        problems = ragged.worth_packing(select(options.problems, options.cells))
-        problems = [problem for problem in problems if not problem.inference_only]
+        chosen = select(options.problems, options.cells)
+        problems = irregular.worth_it(section, chosen, options.device)
         todo = grid.cases(problems, options.dtypes[:1], ["training"], options.device)
-        outcomes: list[ragged.Ragged] = []
+        outcomes: list[irregular.Irregular] = []
 
         def compare(case: Case) -> list[Row]:
-            outcomes.append(ragged.compare(case.problem, self.settings, case.dtype, case.device))
+            outcomes.append(irregular.compare(section, case, self.settings))
             return list(outcomes[-1].rows)
 
-        _, dropped = self.each(ragged.SECTION, todo, compare)
+        _, dropped = self.each(section, todo, compare)
         if outcomes:
-            self.console.print(report.ragged_table(outcomes))
-        self.results.content[ragged.SECTION] = [
+            self.console.print(report.irregular_table(section, outcomes))
+        self.results.content[section] = [
             {**asdict(outcome), "rows": [columns(row) for row in outcome.rows]}
             for outcome in outcomes
         ]

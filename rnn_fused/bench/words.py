@@ -99,6 +99,7 @@ def gaps(part: Part) -> list[str]:
         "stacks of layers": any(row.layers > 1 for row in rows),
         "bidirectional layers": any(row.directions > 1 for row in rows),
         "packed sequences": any(row.layout == "packed" for row in rows),
+        "resets": any(row.layout == "resets" for row in rows),
         "memory": bool(memory_bars(part)),
         "training to a loss": any(learning(content) for content in part.contents),
         "a GPU": any(where.device != "cpu" for where in part.runs),

@@ -30,7 +30,8 @@ class WrongResultError(AssertionError):
 
 @dataclass(frozen=True)
 class Case:
-    """A problem with all that fixes its numbers; `lengths` (sorted, longest first) packs it."""
+    """A problem with all that fixes its numbers; `lengths` (sorted, longest first) packs it, the
+    problem's `reset_p` draws resets."""
 
     problem: Problem
     dtype: torch.dtype
@@ -39,17 +40,21 @@ class Case:
     lengths: tuple[int, ...] | None = None
 
     @property
+    def layout(self) -> str:
+        """dense, packed, or dense with resets."""
+        return "packed" if self.lengths else "resets" if self.problem.reset_p > 0 else "dense"
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What its rows have in common: `Row.case`."""
         p = self.problem
-        layout = "packed" if self.lengths else "dense"
         sizes = p.cell, p.T, p.B, p.I, p.H, p.layers, p.directions
-        return *sizes, layout, dtype_name(self.dtype), self.pass_
+        return *sizes, self.layout, dtype_name(self.dtype), self.pass_
 
     def __str__(self) -> str:
         """The case in words."""
-        packed = " packed" if self.lengths else ""
-        return f"{self.problem} {dtype_name(self.dtype)} {self.pass_}{packed}"
+        layout = "" if self.layout == "dense" else f" {self.layout}"
+        return f"{self.problem} {dtype_name(self.dtype)} {self.pass_}{layout}"
 
 
 def allows_tf32(device: torch.device) -> bool:
@@ -79,8 +84,12 @@ class Workload:
     the output; all of them start as None.
     """
 
-    def __init__(self, module: nn.Module, x: Tensor, grad: Tensor, case: Case) -> None:
-        """Take the input `x` [T, B, I] and the output's gradient `grad` [T, B, H]."""
+    def __init__(
+        self, module: nn.Module, x: Tensor, grad: Tensor, case: Case, **options: Tensor
+    ) -> None:
+        """Take the input `x` [T, B, I] and the output's gradient `grad` [T, B, H]; options: what
+        the module takes besides."""
+        self.options = options
         self.training = case.pass_ == "training"
         self.module = module.train(self.training)
         self.leaves: dict[str, Tensor] = {
@@ -97,7 +106,7 @@ class Workload:
             self.input = PackedSequence(self.leaves["input"], packed.batch_sizes)
 
     def _forward(self) -> tuple[Tensor, Any]:
-        output, state = self.module(self.input)
+        output, state = self.module(self.input, **self.options)
         return output.data if isinstance(output, PackedSequence) else output, state
 
     def __call__(self) -> None:
@@ -145,9 +154,13 @@ def build(case: Case, provider: str, *, exact: bool = False) -> Workload:
             parameter.copy_(uniform * (2 * bound) - bound)
     x = random(problem.T, problem.B, problem.I)
     grad = random(problem.T, problem.B, problem.H * problem.directions)
+    options = {}
+    if problem.reset_p > 0:
+        chance = torch.rand(problem.T, problem.B, generator=draw, device=case.device)
+        options["resets"] = chance < problem.reset_p
     if exact:
         module, x, grad = module.double(), x.double(), grad.double()
-    return Workload(module, x, grad, case)
+    return Workload(module, x, grad, case, **options)
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
