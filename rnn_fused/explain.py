@@ -183,7 +183,7 @@ def _how(plan: dict[str, Any], tf32: bool) -> str:
     runs, resident = plan["k_blocks"], plan["register_blocks"]
     streamed, octets = plan["streamed_octets"], plan["streamed_octets"] + plan["shared_octets"]
     if octets > 0:
-        again = f", {100 * streamed / octets:.0f}% of them read from L2 in every step"
+        again = f" and, {100 * streamed / octets:.0f}% of them, in L2, read in every step"
         weights = f"weights in shared memory{again * (streamed > 0)}"
     else:
         memory = f", the last {runs - resident} in shared memory" * (runs > resident)

@@ -30,9 +30,9 @@ def kernels(family: str) -> Iterator[None]:
     - "auto": the plan chooses, see `rnn_fused.explain`.
     - "stepwise": a product and a fused kernel for each timestep; any sizes, dtypes, projections.
     - "persistent": one launch for all timesteps, weights kept on the chip, or as many of them as it
-      holds; up to 32 hidden units to an SM, in exact float32 16 and H up to 2048.
+      holds; at most 32 hidden units to an SM, in exact float32 16 and H up to 2048.
     - "handoff": "persistent", but no step waits at a barrier of all blocks: each block polls for
-      the values that it reads; up to 16 hidden units to an SM, H up to 2048.
+      the values that it reads; at most 16 hidden units to an SM, H up to 2048.
     - "split": "persistent", but backward the blocks of a thread-block cluster divide the gates, so
       that an SM reads the gradients of one gate only; LSTM and GRU, compute capability
       9.0 on.

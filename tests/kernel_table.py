@@ -24,6 +24,7 @@ H100 = GPUS["H100"]
 NO_LIMITS = (1 << 30,) * 3  # SMs, bytes of shared memory of an SM and of a block
 BATCH = 32  # of the shapes whose dynamic shared memory the table has
 BLOCK = 256  # hidden units of a k-block: kWarps * kRun in csrc/cuda/plan.h
+WIDEST, LARGE = 8, 0  # k-blocks: the most of wide blocks, and any number, of large ones
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # in the order of Cell in csrc/core/params.h
 POLICIES = {"Mma<__nv_bfloat16>": "bf16", "Mma<__half>": "f16", "Tf32": "tf32", "Ffma": "f32"}
 # In Ffma::multiply, which has eight k of four sequences for each gate. The gates' maths has fewer.
@@ -54,10 +55,18 @@ class Variant:
     k_blocks: int
 
     def __str__(self) -> str:
+        size = f"{self.k_blocks} k-block{'s' * (self.k_blocks > 1)}"
         return (
             f"{'backward' if self.backward else 'forward'} {self.cell.split('_')[0].upper()} "
-            f"{self.policy}, {self.k_blocks} k-block{'s' * (self.k_blocks > 1)}"
+            f"{self.policy}, {'large' if self.k_blocks == LARGE else size}"
         )
+
+    @property
+    def sizes(self) -> range:
+        """The k-blocks of the layers that run by this kernel, on an H100 or a larger GPU."""
+        if self.k_blocks == LARGE:
+            return range(WIDEST + 1, H100.sm_count * 32 // BLOCK + 1)
+        return range(self.k_blocks // 2 + 1, self.k_blocks + 1)
 
     def plan(self, k_blocks: int, sms: int, shared_per_sm: int, shared: int) -> dict[str, Any]:
         """For the largest H of so many k-blocks, on an H100 but for these limits."""
@@ -69,18 +78,18 @@ class Variant:
     def promise(self) -> tuple[int, int]:
         """The blocks for which the plan takes an SM's registers to have room, and warps of a block.
         Told by the smallest GPU, otherwise without limits, on which the layer runs like this."""
-        whole = self.plan(self.k_blocks, *NO_LIMITS)
+        whole = self.plan(self.sizes[-1], *NO_LIMITS)
         runs = (
             sms
             for sms in range(1, whole["blocks"] + 1)
-            if self.plan(self.k_blocks, sms, *NO_LIMITS[1:])["units"] == whole["units"]
+            if self.plan(self.sizes[-1], sms, *NO_LIMITS[1:])["units"] == whole["units"]
         )
         return -(-whole["blocks"] // next(runs)), whole["warps"]
 
     def on_h100(self) -> list[str]:
         """The largest H, of multiples of BLOCK, and a block's bytes of dynamic shared memory."""
-        units = self.plan(self.k_blocks, *NO_LIMITS)["units"]
-        for k_blocks in range(self.k_blocks, self.k_blocks // 2, -1):  # fewer have another kernel
+        units = self.plan(self.sizes[-1], *NO_LIMITS)["units"]
+        for k_blocks in reversed(self.sizes):
             plan = self.plan(k_blocks, H100.sm_count, H100.shared_per_sm, H100.shared_per_block)
             if plan["units"] == units:
                 return [str(BLOCK * k_blocks), str(plan["shared_bytes"])]

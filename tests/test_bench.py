@@ -318,13 +318,32 @@ def test_what_resets_and_lengths_are_compared_on() -> None:
         assert len(few) == irregular.MOST
         assert [few[0], few[-1]] == [many[0], many[-1]]
         assert irregular.worth_it(section, many[:3], torch.device("cuda")) == many[:3]
-    for section, layout in ((irregular.RAGGED, "packed"), (irregular.RESETS, "resets")):
-        outcome = irregular.compare(
-            section, Case(many[3], torch.float32, "training", CPU), Settings(budget_s=0)
-        )
-        assert [row.layout for row in outcome.rows] == [layout, layout, "dense"]
-        assert outcome.valid == (1 if section == irregular.RESETS else pytest.approx(0.7, abs=0.3))
-        assert outcome.overhead > 0
+    long = replace(SMALL, T=1024, B=8)
+    assert irregular.worth_it(irregular.RESETS, [long], CPU) == [long]
+    assert irregular.worth_it(irregular.RESETS, [long], torch.device("cuda")) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "layout"), [(irregular.RAGGED, "packed"), (irregular.RESETS, "resets")]
+)
+def test_overhead_is_of_a_valid_step(
+    section: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {"dense": 2.0, section: 3.0, "rnn_fused": 3.0, "torch.nn": 12.0}
+
+    def timed(calls: dict[str, object], _: Settings) -> dict[str, Timing]:
+        return {name: Timing((seconds[name],) * 2, calls=1) for name in calls}
+
+    monkeypatch.setattr(irregular, "interleave", timed)
+    problem = replace(SMALL, T=10, B=8)
+    dense = Case(problem, torch.float32, "training", CPU)
+    outcome = irregular.compare(section, dense, Settings(budget_s=0))
+    steps = sum(irregular.lengths(problem)) if section == irregular.RAGGED else 80
+    assert [row.layout for row in outcome.rows] == [layout, layout, "dense"]
+    assert [row.provider for row in outcome.rows] == ["torch.nn", "rnn_fused", "rnn_fused"]
+    assert outcome.valid == pytest.approx(steps / 80)
+    assert outcome.overhead == pytest.approx(1.5 * 80 / steps)
+    assert outcome.ratio == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize("pass_", ["inference", "training"])

@@ -305,13 +305,20 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         "No training was timed step by step",
         "No rows of these cells: GRU, RNN (tanh), RNN (ReLU).",
         "No rows of these passes: inference.",
-        "Not measured: stacks of layers, bidirectional layers, packed sequences, memory,",
+        "Not measured: stacks of layers, bidirectional layers, packed sequences, resets, memory,",
         "Every row that is lost None.",
         "Of 1 rows it wins 1 and loses 0",
     ):
         assert sentence in found.text
     titles = {caption.text for caption in found.all("figcaption")}
     assert titles == {"float32 training", "LSTM, float32 training"}
+
+
+def test_resets_are_a_group_of_their_own_beside_what_is_compared() -> None:
+    """torch.nn runs them by a loop in Python: no row to boast of."""
+    with_resets = replace(pair(9.0)[1], section="resets", layout="resets")
+    assert findings.group(with_resets) == "float32 training, resets"
+    assert with_resets.section not in findings.COMPARED
 
 
 def test_what_is_there_is_shown(tmp_path: Path) -> None:
@@ -337,7 +344,7 @@ def test_what_is_there_is_shown(tmp_path: Path) -> None:
         "LSTM, bidirectional",
     ):
         assert sentence in found.text
-    assert "Not measured: stacks of layers, packed sequences, a GPU." in found.text
+    assert "Not measured: stacks of layers, packed sequences, resets, a GPU." in found.text
     assert "Memory was not measured" not in found.text
     labels = [svg.attributes["aria-label"] or "" for svg in found.all("svg")]
     assert any("rnn_fused takes 1.00 to 1.00 times torch.nn's" in label for label in labels)

@@ -223,6 +223,14 @@ def test_more_elements_than_32_bits_count(device: str) -> None:
         assert max(error(a, b) for a, b in parts) < 3e-2, name
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32"])
+def test_large_blocks_of_both_directions(cell: str, precision: str, device: str) -> None:
+    sizes = {"T": 3, "B": 17, "I": 8, "H": 2100, "directions": 2}
+    options = {"dtype": PRECISIONS[precision], "device": device}
+    check(problem(cell, **sizes, **options), "persistent", precision)
+
+
 # Which kernels ------------------------------------------------------------------------------------
 
 

@@ -53,7 +53,7 @@ def test_explains_where_weights_are_that_registers_have_no_room_for() -> None:
 def test_explains_weights_that_are_read_from_l2() -> None:
     for layer, backward, how in (
         (rnn_fused.RNN(8, 2560, dtype=torch.bfloat16), True, ""),
-        (rnn_fused.GRU(8, 2816, dtype=torch.float16), False, ", 64% of them read from L2"),
+        (rnn_fused.GRU(8, 2816, dtype=torch.float16), False, ", 64% of them, in L2, read"),
     ):
         text = rnn_fused.explain(layer, T=1000, B=2, device="H100").splitlines()
         line = text[4 if backward else 2]

@@ -103,6 +103,7 @@ def healthy() -> Kernels:
             ("Mma<__nv_bfloat16>", 1, 128),
             ("Mma<__half>", 8, 255),
             ("Tf32", 1, 255),
+            ("Tf32", 0, 255),
         )
     }
     kernels[VARIANT.format("Ffma", "rnn_tanh", 1)] = {"sm_80": Code(255, 0, 0, ffma=32)}
@@ -169,6 +170,12 @@ def test_promise_is_that_of_the_plan() -> None:
     assert Variant(True, "f16", "gru", 2).promise() == (1, 8)
     assert Variant(True, "f32", "rnn_tanh", 1).promise() == (1, 8)
     assert Variant(False, "tf32", "lstm", 8).promise() == (1, 8)
+    # Of large blocks, of H up to 32 times the SMs.
+    for backward in (False, True):
+        large = Variant(backward, "tf32", "lstm", 0)
+        assert large.promise() == (1, 8)
+        assert large.on_h100()[0] == "4096"
+        assert str(large).endswith("LSTM tf32, large")
 
 
 def test_blocks_of_registers() -> None:

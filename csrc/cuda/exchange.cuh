@@ -18,6 +18,8 @@
 // for what is written there in steps i + 6 and i + 7. Six slots would do; eight spare a division.
 #pragma once
 
+#include <stdexcept>
+
 #include "csrc/cuda/persistent_block.cuh"
 #include "csrc/cuda/streamed_product.cuh"
 
@@ -179,6 +181,7 @@ void launch_persistent(const CudaPlan& plan, const Params& params, void* workspa
       case kAnyBlocks:
         if constexpr (kHasLargeBlocks<Policy>)
           return launch(kernel_of(cell, std::integral_constant<int, kAnyBlocks>()));
+        throw std::invalid_argument("[persistent] exact float32 has no large blocks");
     }
   });
 }

@@ -34,7 +34,6 @@ template <int kUnits>
 __device__ inline SequenceBits<kUnits> reset_sequences(const LayerShape& shape, Step border,
                                                        int first, int count) {
   using Bits = SequenceBits<kUnits>;
-  static_assert(max_batch_tile(kUnits) <= 8 * sizeof(Bits));
   Bits bits = 0;
   if (!shape.resets) return bits;
   for (int b = 0; b < count; b += 32) {
@@ -56,6 +55,8 @@ __device__ inline int pass_size(int active, int first, int tile) {
 // Their state is its own, so that it may be read and written without a barrier.
 template <int kUnits, int kSequences = kOwn>
 struct Own {
+  static_assert(max_batch_tile(kUnits, kSequences) <= 8 * sizeof(SequenceBits<kUnits>));
+
   __device__ static int unit() { return threadIdx.x % kUnits; }
 
   // Calls body(i, b) for the thread's sequences b < count of a pass, i < kSequences.

@@ -215,8 +215,8 @@ CudaPlan plan_cuda(const LayerShape& s, Precision precision, const GpuProperties
                     ", got " + text(s.B));
 
   // Narrow blocks divide the work among more SMs. Wide ones read h on fewer of them, and cost the
-  // weights in shared memory a trip to the registers each step. Large ones fit where the others
-  // would be too many.
+  // weights in shared memory a trip to the registers each step. Large ones, which may have to read
+  // weights from L2, are for layers that fit in none of these.
   constexpr int kNarrow = units_of(kMaxNarrowBlocks), kWide = units_of(kWideBlocks);
   constexpr struct {
     int units, launches;
@@ -226,7 +226,8 @@ CudaPlan plan_cuda(const LayerShape& s, Precision precision, const GpuProperties
   double cost = 0;
   for (const auto& [units, launches] : kWays) {
     if (launches > s.directions || (units == kNarrow && s.H > kMaxNarrow) ||
-        (units == kWide && s.H > kMaxWide) || (units == kLargeUnits && !large))
+        (units == kWide && s.H > kMaxWide) ||
+        (units == kLargeUnits && (!large || best.family != Family::stepwise)))
       continue;
     CudaPlan plan = plan_persistent(s, gpu, backward, units, launches,
                                     split && backward ? gate_count(s.cell) : 1);

@@ -68,7 +68,8 @@ struct Model {
   // is not in shared memory it has written once, and from L2, if that has room for all blocks'.
   void add_octets(StepCost& cost) const {
     const int columns = backward ? 1 : gate_count(s.cell), element = static_cast<int>(bytes);
-    const double together = persistent::kMinBatchTile * persistent::large_tiles(columns, element);
+    const double together = std::min(
+        plan.batch_tile, persistent::kMinBatchTile * persistent::large_tiles(columns, element));
     const double passes = round_up(B, together) / together;
     const double octet = static_cast<double>(persistent::octet_bytes(columns, element));
     const double streamed = plan.streamed_octets * octet;

@@ -23,7 +23,7 @@ class StreamedProduct {
   // As registers allow: octets whose weights are on the way, and whether X of the next item is
   // while this one's is multiplied.
   static constexpr int kTiles = large_tiles(kColumns, sizeof(T));
-  static constexpr int kAhead = kColumns * sizeof(T) <= 4 ? 2 : 1;
+  static constexpr int kAhead = kColumns * sizeof(T) <= 4 ? kOctets - 1 : 1;
   static constexpr bool kReadsAhead = kColumns < 4;
   static_assert(kAhead < kOctets);
 

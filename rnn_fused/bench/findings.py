@@ -22,7 +22,7 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 MEMORY_SECTION = "memory"
 LEAST_MB = 1.0  # of torch.nn's peak memory: below, pages and caches decide
 MOST_BARS = 24  # problems in a picture of memory
-COMPARED = ("grid", "ragged", "resets")  # sections whose rows are of layers on one device
+COMPARED = ("grid", "ragged")  # sections whose rows are of layers on one device
 
 
 def is_ours(provider: str) -> bool:
@@ -39,7 +39,7 @@ def is_rival(provider: str) -> bool:
 def group(row: Row) -> str:
     """What may be averaged: rows of one dtype, pass, layout and section."""
     words = f"{row.dtype} {row.pass_}" + (f", {row.layout}" if row.layout != "dense" else "")
-    return words if row.section in COMPARED else f"{words}, {row.section}"
+    return words if row.section in (*COMPARED, row.layout) else f"{words}, {row.section}"
 
 
 def kind(row: Row) -> str:

@@ -22,7 +22,7 @@ from .workload import Case, contenders
 RAGGED, RESETS = "ragged", "resets"  # the sections
 SHORTEST = 0.4  # of T
 RESET_P = 0.01  # of a step and sequence
-MOST = 6  # problems on a device, where there are many
+MOST, LONGEST = 6, 200  # problems on a device, where there are many, and their T
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,10 @@ def worth_it(section: str, problems: Iterable[Problem], device: torch.device) ->
     found = [p for p in problems if p.B >= 8 and p.T >= 10 and not p.inference_only]
     if section == RESETS:  # no step of both directions is the last
         found = [p for p in found if p.directions == 1]
-    if device.type == "cpu" or len(found) <= MOST:
+    if device.type == "cpu":
+        return found
+    found = [p for p in found if p.T <= LONGEST]
+    if len(found) <= MOST:
         return found
     return [found[i * (len(found) - 1) // (MOST - 1)] for i in range(MOST)]
 

@@ -19,6 +19,9 @@ constexpr GpuProperties kSmall = {90, 19, 65536, 233472, 232448};
 constexpr GpuProperties kTwoSms = {80, 2, 65536, 233472, 232448};
 constexpr GpuProperties kTwoSmallSms = {80, 2, 65536, 65536, 57344};
 constexpr GpuProperties kFewSms = {120, 19, 65536, 102400, 101376};
+// Wide blocks of an LSTM in TF32 find no room for the weights beyond the first k-block, so that
+// both directions run in large ones at once.
+constexpr GpuProperties kFewSmallSms = {120, 19, 65536, 65536, 57344};
 // With the shared memory of an H100, but no clusters of more than 8 blocks.
 constexpr GpuProperties kFewToACluster = {110, 132, 65536, 233472, 232448};
 
@@ -324,6 +327,23 @@ TEST_CASE("large blocks equal the CPU core") {
               {2}, kFewSms, random);
   check_cells(DType::f32, Precision::tf32, 580, {Cell::lstm, Cell::gru, Cell::rnn_tanh}, {3}, {2},
               kFewSms, random);
+  for (bool backward : {false, true}) {
+    const LayerShape both = {Cell::lstm, DType::f32, 2, 17, 260, 260, 2, nullptr, nullptr};
+    const CudaPlan plan =
+        plan_cuda(both, Precision::tf32, kFewSmallSms, backward, Family::persistent);
+    REQUIRE(plan.units == 32);
+    REQUIRE(plan.launches == 1);
+    REQUIRE(plan.streamed_octets > 0);
+  }
+  Case both{{Cell::lstm, DType::f32, 2, 17, 3, 260}};
+  both.directions = 2;
+  both.precision = Precision::tf32;
+  both.gpu = kFewSmallSms;
+  for (bool ragged : {false, true}) {
+    both.ragged = ragged;
+    both.resets = !ragged;
+    check_case(both, 15 + ragged);
+  }
 #endif
 }
 
