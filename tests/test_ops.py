@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import (
     KINDS,
+    NOISE,
     Problem,
     assert_accurate,
     assert_agrees_with_reference,
@@ -64,7 +65,10 @@ def test_odd_shapes(kind: str, dtype: torch.dtype, shape: tuple[int, ...], devic
     arguments = KINDS[kind]
     if sizes["H"] == 1:  # leaves no room for a projection
         arguments = {"cell": arguments["cell"]}
-    assert_accurate(problem(**arguments, **sizes, dtype=dtype, device=device))
+    noise = NOISE[dtype] * torch.finfo(dtype).eps
+    if sizes["B"] * sizes["H"] == 1:
+        noise *= 4  # terms that cancel are averaged away by no other, and torch may be lucky
+    assert_accurate(problem(**arguments, **sizes, dtype=dtype, device=device), noise)
 
 
 @each_dtype
