@@ -237,7 +237,8 @@ def test_large_blocks_of_both_directions(cell: str, precision: str, device: str)
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(
-    ("H", "gpu"), [(768, "A100"), (2048, "A100"), (2048, "H100"), (4096, "H100")]
+    ("H", "gpu"),
+    [(768, "A100"), (1024, "A100"), (2048, "A100"), (2048, "H100"), (4096, "H100")],
 )
 def test_persistent_kernels_reach_their_sizes(
     cell: str, dtype: torch.dtype, H: int, gpu: str, device: str

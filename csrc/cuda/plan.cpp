@@ -26,7 +26,7 @@ CudaPlan stepwise(const std::string& why) {
   return plan;
 }
 
-// Of a block that takes `tile` sequences in a pass.
+// Of a block that takes `tile` sequences in a pass; of a large one without weights.
 int64_t shared_bytes(const LayerShape& s, const CudaPlan& plan, int64_t element_bytes,
                      bool backward, int tile) {
   using namespace persistent;
@@ -38,8 +38,7 @@ int64_t shared_bytes(const LayerShape& s, const CudaPlan& plan, int64_t element_
   const int64_t state = state_count(s.cell, backward) * s.B * units;
   const int64_t biases = backward ? 0 : saved_count(s.cell) * units;
   const int64_t in_shared = units == kLargeUnits ? 0 : plan.k_blocks - plan.register_blocks;
-  const int64_t weights = in_shared * kWarps * kRun * gates * units * element_bytes +
-                          plan.shared_octets * octet_bytes(backward ? 1 : gates, element_bytes);
+  const int64_t weights = in_shared * kWarps * kRun * gates * units * element_bytes;
   const int64_t staged = int64_t{tile} * (backward ? gates : 1) * units * element_bytes;
   return (sums + parts + biases + state) * static_cast<int64_t>(sizeof(float)) + staged + weights;
 }

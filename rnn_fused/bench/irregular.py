@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .grid import SLOW_STEPS
 from .problems import Problem
 from .records import Row, make_row
 from .timer import Settings, interleave
@@ -22,7 +23,7 @@ from .workload import Case, contenders
 RAGGED, RESETS = "ragged", "resets"  # the sections
 SHORTEST = 0.4  # of T
 RESET_P = 0.01  # of a step and sequence
-MOST, LONGEST = 6, 200  # problems on a device, where there are many, and their T
+MOST = 6  # problems on a device, where there are many
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def worth_it(section: str, problems: Iterable[Problem], device: torch.device) ->
         found = [p for p in found if p.directions == 1]
     if device.type == "cpu":
         return found
-    found = [p for p in found if p.T <= LONGEST]
+    found = [p for p in found if p.T <= SLOW_STEPS]
     if len(found) <= MOST:
         return found
     return [found[i * (len(found) - 1) // (MOST - 1)] for i in range(MOST)]

@@ -264,8 +264,7 @@ TEST_CASE("clusters equal the CPU core") {
 
 TEST_CASE("clusters of sixteen blocks equal the CPU core") {
   check_all({250}, {kLargeBatch}, {3}, 9, kH100, Family::cluster);
-  if (!kSanitized)  // the same kernels again, and it takes long
-    check_all({256}, {kLargeBatch}, {3}, 10, kSmall, Family::cluster);
+  check_all({256}, {kLargeBatch}, {3}, 10, kSmall, Family::cluster);
 }
 
 // Of several gates in 16-bit types only.
@@ -368,7 +367,7 @@ TEST_CASE("wide blocks with weights in shared memory equal the CPU core") {
     check_cells(dtype, precision, H, {cell}, {3}, {2}, kH100, random);
   };
   check(DType::bf16, Precision::exact, 1040, Cell::lstm);
-  if (!kSanitized) check(DType::f16, Precision::exact, 1042, Cell::gru);
+  check(DType::f16, Precision::exact, 1042, Cell::gru);
   check(DType::f32, Precision::tf32, 1040, Cell::gru);
   check(DType::f32, Precision::exact, 1540, Cell::rnn_tanh);
 }
