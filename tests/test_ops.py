@@ -60,14 +60,20 @@ def test_accuracy(
     [(1, 1, 1, 1), (1, 7, 5, 3), (7, 1, 3, 13), (2, 17, 1, 31), (5, 2, 67, 1), (3, 37, 19, 41)],
     ids=str,
 )
-def test_odd_shapes(kind: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> None:
+def test_odd_shapes(
+    kind: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    device: str,
+    pytestconfig: pytest.Config,
+) -> None:
     sizes = dict(zip(("T", "B", "I", "H"), shape, strict=True))
     arguments = KINDS[kind]
     if sizes["H"] == 1:  # leaves no room for a projection
         arguments = {"cell": arguments["cell"]}
     noise = NOISE[dtype] * torch.finfo(dtype).eps
-    if sizes["B"] * sizes["H"] == 1:
-        noise *= 4  # terms that cancel are averaged away by no other, and torch may be lucky
+    if pytestconfig.getoption("--emulated-cuda") and sizes["B"] * sizes["H"] == 1:
+        noise *= 4  # as test_cuda.py has it: one rounding is not averaged away, torch may be lucky
     assert_accurate(problem(**arguments, **sizes, dtype=dtype, device=device), noise)
 
 
