@@ -27,6 +27,7 @@ namespace rnn_fused::emulation {
 namespace {
 
 constexpr size_t kStackBytes = 256 << 10;  // reserved; a page counts when it is touched
+constexpr uint64_t kRun = 64;              // choices in turn before a random one, on average
 constexpr uint64_t kIdleRounds = 1000;     // of all threads spinning, before it is an endless spin
 constexpr uint64_t kRoundsBehind = 100;    // likewise; fewer, or a spin would look endless
 constexpr unsigned kBlockThreads = 1024;
@@ -136,7 +137,7 @@ struct Block {
 class Queue {
  public:
   explicit Queue(size_t capacity) : ring_(capacity) {}
-  bool empty() const { return size_ == 0; }
+  size_t size() const { return size_; }
   void push(Fiber* fiber) { at(size_++) = fiber; }
   void push_front(Fiber* fiber) {
     first_ = (first_ + ring_.size() - 1) % ring_.size();
@@ -171,13 +172,19 @@ uint3 unravel(size_t i, dim3 extent) {
 
 size_t volume(dim3 extent) { return size_t{extent.x} * extent.y * extent.z; }
 
+// They end at different lines of their pages: at the same, all would share a few sets of the cache.
+size_t stack_bytes(size_t slot) {
+  constexpr size_t kLine = 64, kLines = 4096 / kLine;
+  return kStackBytes - slot % kLines * kLine;
+}
+
 Fiber::Fiber(Block* block, unsigned index, size_t slot, void* stack, void (*entry)())
     : block(block),
       thread(unravel(index, blockDim)),
       warp(index / 32),
       lane(index % 32),
       slot(slot),
-      context(stack, kStackBytes, entry, slot,
+      context(stack, stack_bytes(slot), entry, slot,
               text("block ", block->index, " thread ", thread).c_str()) {}
 
 // Stacks of all fibers, one after another.
@@ -190,12 +197,24 @@ class Stacks {
   }
   Stacks(const Stacks&) = delete;
   ~Stacks() { munmap(memory_, bytes_); }
+  size_t size() const { return bytes_ / kStackBytes; }
   void* operator[](size_t i) { return static_cast<char*>(memory_) + i * kStackBytes; }
 
  private:
   void* memory_;
   size_t bytes_;
 };
+
+// Those of a launch, kept for the next ones, whose pages are then there. Not for ThreadSanitizer, to
+// which the old owner of an address and the new one would be two threads that race.
+std::shared_ptr<Stacks> stacks_of(size_t count) {
+  static std::shared_ptr<Stacks> kept;
+#ifdef RNN_FUSED_EMULATION_TSAN
+  kept = nullptr;
+#endif
+  if (!kept || kept->size() < count) kept = std::make_shared<Stacks>(count);
+  return kept;
+}
 
 // The threads that are resident together: a cooperative grid, or one cluster or block of another.
 class Residents {
@@ -226,6 +245,7 @@ class Residents {
 
  private:
   static void entry();
+  Fiber* take();
   Fiber& next();
   void switch_away(bool last);
   void check_all_left() const;
@@ -240,8 +260,8 @@ class Residents {
   bool shuffled_;
   std::vector<std::unique_ptr<Block>> blocks_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
-  Stacks stacks_;
-  Queue ready_;
+  std::shared_ptr<Stacks> stacks_;
+  Queue ready_, spinning_;
   Meeting grid_barrier_;
   std::vector<Meeting> cluster_barriers_;
   Context main_;
@@ -266,8 +286,9 @@ Residents::Residents(size_t first, size_t blocks, size_t shared_bytes, Together 
       together_(together),
       random_(seed),
       shuffled_(seed != 0),
-      stacks_(blocks * volume(blockDim)),
+      stacks_(stacks_of(blocks * volume(blockDim))),
       ready_(blocks * volume(blockDim)),
+      spinning_(blocks * volume(blockDim)),
       grid_barrier_(blocks * volume(blockDim)),
       live_(blocks * volume(blockDim)) {
   const size_t threads = volume(blockDim);
@@ -279,7 +300,7 @@ Residents::Residents(size_t first, size_t blocks, size_t shared_bytes, Together 
     blocks_[b]->index = unravel(first + b, gridDim);
     blocks_[b]->number = b;
     for (size_t t = 0; t < threads; ++t) {
-      void* const stack = stacks_[b * threads + t];
+      void* const stack = (*stacks_)[b * threads + t];
       const size_t slot = (first + b) * threads + t;
       fibers_.push_back(std::make_unique<Fiber>(blocks_[b].get(), t, slot, stack, entry));
       ready_.push(fibers_.back().get());
@@ -306,8 +327,17 @@ void Residents::entry() {
   r.switch_away(true);
 }
 
+// Mostly in turn, so that a warp gets ahead of others, while its stacks are in the cache. Who spins
+// looks again when nobody else can go on; in a shuffled launch sometimes before.
+Fiber* Residents::take() {
+  if (ready_.size() == 0) std::swap(ready_, spinning_);
+  if (!shuffled_ || random_() % kRun > 0) return ready_.pop(0);
+  const uint64_t i = random_() % (ready_.size() + spinning_.size());
+  return i < ready_.size() ? ready_.pop(i) : spinning_.pop(i - ready_.size());
+}
+
 Fiber& Residents::next() {
-  self_ = ready_.pop(shuffled_ ? random_() : 0);
+  self_ = take();
   // Where others can go on one block falls behind, by some timesteps; then it is another's turn.
   if (shuffled_ && blocks_.size() > 1) {
     if (switches_++ > kRoundsBehind * live_) {
@@ -327,7 +357,8 @@ Fiber& Residents::next() {
 // Goes on with a thread that can, or with run() where there is none or something is to be told.
 void Residents::switch_away(bool last) {
   Fiber& from = *self_;
-  const bool stop = ready_.empty() || thrown_ || divergent_[0] || idle_ > kIdleRounds * live_;
+  const bool stuck = ready_.size() + spinning_.size() == 0 || idle_ > kIdleRounds * live_;
+  const bool stop = stuck || thrown_ || divergent_[0];
   if (stop) return from.context.switch_to(main_, last);
   Fiber& to = next();
   if (&to != &from) from.context.switch_to(to.context, last);
@@ -347,7 +378,8 @@ void Residents::check_all_left() const {
   if (divergent_[0])
     throw Error("divergent barrier: one thread waits at ", divergent_[0]->place, ", another at ",
                 divergent_[1]->place, "\n", list());
-  if (live_ > 0 && ready_.empty()) throw Error("deadlock: no thread can go on\n", list());
+  if (live_ > 0 && ready_.size() + spinning_.size() == 0)
+    throw Error("deadlock: no thread can go on\n", list());
   if (live_ > 0) throw Error("endless spin: no thread makes progress\n", list());
   for (const auto& block : blocks_)
     for (const auto& [address, barrier] : block->transactions)
@@ -394,7 +426,6 @@ void Residents::meet(Meeting& meeting, State state, Place place, bool orders_mem
   if (orders_memory) release(order);
   meeting.waiting.push_back(&fiber);
   if (meeting.waiting.size() == meeting.expected && !divergent_[0]) {
-    // In round robin a warp goes on as far as it can alone: its stacks are in the cache.
     for (Fiber* waiting : meeting.waiting) {
       waiting->state = State::running;
       if (state == State::in_warp)
@@ -420,7 +451,8 @@ void Residents::spin(Place place) {
   fiber.state = State::spinning;
   fiber.place = place;
   ++idle_;
-  pause();
+  spinning_.push(&fiber);
+  switch_away(false);
   fiber.state = State::running;
 }
 
