@@ -68,29 +68,32 @@ class Variant:
             return range(WIDEST + 1, H100.sm_count * 32 // BLOCK + 1)
         return range(self.k_blocks // 2 + 1, self.k_blocks + 1)
 
-    def plan(self, k_blocks: int, sms: int, shared_per_sm: int, shared: int) -> dict[str, Any]:
+    def plan(
+        self, batch: int, k_blocks: int, sms: int, shared_per_sm: int, shared: int
+    ) -> dict[str, Any]:
         """For the largest H of so many k-blocks, on an H100 but for these limits."""
         H, tf32 = BLOCK * k_blocks, self.policy == "tf32"
         gpu = (H100.compute_capability, sms, H100.registers_per_sm, shared_per_sm, shared)
-        layer = (self.cell, "f32" if tf32 else self.policy, 1, BATCH, H, H, 1)
+        layer = (self.cell, "f32" if tf32 else self.policy, 1, batch, H, H, 1)
         return _C.plan_cuda(*layer, tf32, gpu, self.backward, "persistent")
 
     def promise(self) -> tuple[int, int]:
         """The blocks for which the plan takes an SM's registers to have room, and warps of a block.
         Told by the smallest GPU, otherwise without limits, on which the layer runs like this."""
-        whole = self.plan(self.sizes[-1], *NO_LIMITS)
+        whole = self.plan(1, self.sizes[-1], *NO_LIMITS)
         runs = (
             sms
             for sms in range(1, whole["blocks"] + 1)
-            if self.plan(self.sizes[-1], sms, *NO_LIMITS[1:])["units"] == whole["units"]
+            if self.plan(1, self.sizes[-1], sms, *NO_LIMITS[1:])["units"] == whole["units"]
         )
         return -(-whole["blocks"] // next(runs)), whole["warps"]
 
     def on_h100(self) -> list[str]:
         """The largest H, of multiples of BLOCK, and a block's bytes of dynamic shared memory."""
-        units = self.plan(self.sizes[-1], *NO_LIMITS)["units"]
+        units = self.plan(1, self.sizes[-1], *NO_LIMITS)["units"]
         for k_blocks in reversed(self.sizes):
-            plan = self.plan(k_blocks, H100.sm_count, H100.shared_per_sm, H100.shared_per_block)
+            limits = H100.sm_count, H100.shared_per_sm, H100.shared_per_block
+            plan = self.plan(BATCH, k_blocks, *limits)
             if plan["units"] == units:
                 return [str(BLOCK * k_blocks), str(plan["shared_bytes"])]
         return ["-", "-"]

@@ -77,10 +77,12 @@ def test_explains_clusters() -> None:
         assert "each, the last 1 in shared memory)" in text
     with rnn_fused.kernels("handoff"):
         text = rnn_fused.explain(rnn_fused.GRU(8, 512), T=10, B=16, device="H100")
-        assert text.count("persistent: 64 blocks of 8 hidden units that hand off, weights") == 2
+        how = "128 blocks of 8 hidden units that hand off, 2 slices of up to 8 sequences, weights"
+        assert text.count(f"persistent: {how}") == 2
     with rnn_fused.kernels("split"):
         text = rnn_fused.explain(rnn_fused.GRU(8, 512), T=10, B=16, device="H100")
-        assert "forward: persistent: 64 blocks of 8 hidden units, weights" in text
+        slices = "2 slices of up to 8 sequences, weights"
+        assert f"forward: persistent: 128 blocks of 8 hidden units, {slices}" in text
         how = "66 blocks of 8 hidden units in clusters of 3 that divide the gates, weights"
         assert f"backward: persistent: {how}" in text
         text = rnn_fused.explain(rnn_fused.RNN(8, 512), T=10, B=16, device="H100")

@@ -164,7 +164,7 @@ def test_missing_kernels() -> None:
 def test_promise_is_that_of_the_plan() -> None:
     for k_blocks in (1, 2, 4, 8):
         variant = Variant(False, "bf16", "lstm", k_blocks)
-        assert variant.plan(k_blocks, *NO_LIMITS)["k_blocks"] == k_blocks
+        assert variant.plan(1, k_blocks, *NO_LIMITS)["k_blocks"] == k_blocks
     # csrc/cuda/plan.h, blocks_per_sm: two blocks of 16-bit kernels with one k-block.
     assert Variant(False, "bf16", "lstm", 1).promise() == (2, 8)
     assert Variant(True, "f16", "gru", 2).promise() == (1, 8)

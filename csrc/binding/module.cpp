@@ -103,6 +103,8 @@ py::dict as_dict(const LayerShape& shape, Precision precision, const Gpu& gpu, c
   result["register_blocks"] = plan.register_blocks;
   result["shared_octets"] = plan.shared_octets;
   result["streamed_octets"] = plan.streamed_octets;
+  result["slice"] = plan.slice;
+  result["slices"] = slice_count(plan, shape);
   result["launches"] = plan.launches;
   result["batch_tile"] = plan.batch_tile;
   result["blocks"] = plan.blocks;

@@ -1,6 +1,6 @@
-// How the blocks of a direction hand h, or the gradients of the gates, to each other: rows of H
-// values through a buffer in device memory (L2), aligned to 16 bytes whatever the caller's tensors
-// are. A row is that of one sequence and group; a step has a slot of them.
+// How the blocks of a direction and slice of the batch hand h, or the gradients of the gates, to
+// each other: rows of H values through a buffer in device memory (L2), aligned to 16 bytes whatever
+// the caller's tensors are. A row is that of one sequence and group; a step has a slot of them.
 //
 // A reader knows that a row is there by one of two ways.
 //
@@ -25,13 +25,14 @@
 
 namespace rnn_fused::persistent {
 
-// The workspace begins with a counter for each direction's barrier, in a cache line of its own;
-// behind them are the directions' slots.
+// The workspace begins with a counter for the barrier of each direction and slice, in a cache line
+// of its own; behind them are the directions' slots.
 constexpr int kBarrierStride = 32;
-constexpr int kBarrierBytes = 2 * kBarrierStride * sizeof(uint32_t);
+constexpr int kBarrierBytes = 2 * kMaxSlices * kBarrierStride * sizeof(uint32_t);
 
-__device__ inline gpu::GridBarrier barrier_of(void* workspace, int direction) {
-  return {static_cast<uint32_t*>(workspace) + direction * kBarrierStride, gridDim.x};
+__device__ inline gpu::GridBarrier barrier_of(const Launch& launch) {
+  const int i = launch.direction() * kMaxSlices + static_cast<int>(blockIdx.z);
+  return {static_cast<uint32_t*>(launch.workspace) + i * kBarrierStride, gridDim.x};
 }
 
 RNN_FUSED_HD constexpr int step_slots(bool handoff) { return handoff ? 8 : 2; }
@@ -44,7 +45,7 @@ RNN_FUSED_HD constexpr int64_t exchange_pitch(int64_t H) { return (H + 7) / 8 * 
 // Values of all slots of one direction.
 RNN_FUSED_HD constexpr int64_t exchanged_values(const LayerShape& s, bool backward, bool handoff) {
   const int slots = step_slots(handoff) + (backward ? 0 : kGivenSlots);
-  return s.B * slots * (backward ? gate_count(s.cell) : 1) * exchange_pitch(s.H);
+  return s.B * slots * groups_of(s.cell, backward) * exchange_pitch(s.H);
 }
 
 // The value, or another NaN where it has the bits of a blank.
@@ -58,36 +59,36 @@ __device__ __forceinline__ T not_blank(T value) {
 template <class T, int kGroups, int kUnits, int kGiven>
 class Exchange {
  public:
-  // first_unit: of the block. tile: sequences of a pass. staged: shared memory, [staged_values].
-  __device__ __forceinline__ Exchange(const LayerShape& s, int direction, int first_unit, int tile,
-                                      bool handoff, void* workspace, T* staged)
+  // first_unit: of the block. staged: shared memory, [staged_values].
+  __device__ __forceinline__ Exchange(const LayerShape& s, const Launch& launch, int first_unit,
+                                      T* staged)
       : s_(s),
-        direction_(direction),
+        launch_(launch),
+        direction_(launch.direction()),
         first_unit_(first_unit),
-        handoff_(handoff),
-        slots_(static_cast<char*>(workspace) + kBarrierBytes),
+        handoff_(launch.handoff),
+        slots_(reinterpret_cast<T*>(static_cast<char*>(launch.workspace) + kBarrierBytes)),
         staged_(staged) {
     // Those behind the last unit stay zeros: the product multiplies them by zeros.
 #pragma unroll 1
-    for (int i = threadIdx.x; i < staged_values(tile) / kValues; i += kThreads)
+    for (int i = threadIdx.x; i < staged_values() / kValues; i += kThreads)
       reinterpret_cast<uint4*>(staged)[i] = make_uint4(0, 0, 0, 0);
     __syncthreads();
   }
 
-  __device__ static int staged_values(int tile) { return tile * kGroups * kUnits; }
-  __device__ float* behind_staged(int tile) const {
-    return reinterpret_cast<float*>(staged_ + staged_values(tile));
+  __device__ int staged_values() const { return launch_.batch_tile * kGroups * kUnits; }
+  __device__ float* behind_staged() const {
+    return reinterpret_cast<float*>(staged_ + staged_values());
   }
 
   // Device memory behind those of all directions.
   __device__ void* behind_slots() const {
-    const int64_t rows = s_.B * kGroups * (kGiven + step_slots(handoff_)) * s_.directions;
-    return slots_ + rows * pitch() * static_cast<int64_t>(sizeof(T));
+    return slots_ + s_.B * kGroups * slots_of_direction() * s_.directions * pitch();
   }
 
   __device__ bool handoff() const { return handoff_; }
   __device__ int slot_of(int64_t step) const {
-    return kGiven + (static_cast<int>(step) & (step_slots(handoff_) - 1));
+    return kGiven + (static_cast<int>(step) & (step_slots(handoff()) - 1));
   }
 
   // Of the thread's own unit and the b-th sequence of a pass. Behind it a block barrier and
@@ -102,13 +103,14 @@ class Exchange {
 
   // Of all that has been published in a step; and before what others have is read.
   __device__ __forceinline__ void announce(int64_t step, gpu::GridBarrier& barrier) const {
-    if (!handoff_) return barrier.arrive();
-    store(slot_of(step + 4), 0, static_cast<int>(s_.B),
+    if (!handoff()) return barrier.arrive();
+    const Slice slice(launch_, s_);
+    store(slot_of(step + 4), slice.begin, slice.size(),
           [](int) { return make_uint4(kBlank, kBlank, kBlank, kBlank); });
     if (step % 2 == 0) barrier.arrive();
   }
   __device__ __forceinline__ void await(int64_t step, gpu::GridBarrier& barrier) const {
-    if (!handoff_ || step % 2 == 1) barrier.wait();
+    if (!handoff() || step % 2 == 1) barrier.wait();
   }
 
   // The values [k, k + 8) of a row; zeros for k from H on. Some are blank where a hand-off has not
@@ -123,11 +125,12 @@ class Exchange {
   static constexpr int kValues = 16 / sizeof(T);
 
   __device__ int pitch() const { return static_cast<int>(exchange_pitch(s_.H)); }
+  __device__ int slots_of_direction() const { return kGiven + step_slots(handoff()); }
   // i: [sequence, group]
   __device__ T* row(int slot, int i) const {
     const int rows = static_cast<int>(s_.B) * kGroups;
-    const int64_t slots = direction_ * (kGiven + step_slots(handoff_)) + slot;
-    return reinterpret_cast<T*>(slots_) + (slots * rows + i) * pitch();
+    const int64_t of_all = direction_ * slots_of_direction() + slot;
+    return slots_ + (of_all * rows + i) * pitch();
   }
 
   // quad_of(i): the i-th 16 bytes of the block's values.
@@ -144,10 +147,12 @@ class Exchange {
   }
 
   const LayerShape& s_;
+  const Launch& launch_;
+  // Some of it: read from there again, large blocks would spill on sm_80.
   const int direction_, first_unit_;
   const bool handoff_;
-  char* const slots_;  // [directions, slots, B, kGroups, pitch]
-  T* const staged_;    // [tile, kGroups, kUnits]
+  T* const slots_;   // [directions, slots_of_direction, B, kGroups, pitch]
+  T* const staged_;  // [batch_tile, kGroups, kUnits]
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -159,9 +164,10 @@ template <class Policy, class Params, class KernelOf>
 void launch_persistent(const CudaPlan& plan, const Params& params, void* workspace,
                        cudaStream_t stream, KernelOf kernel_of) {
   constexpr bool kBackward = std::is_same_v<Params, BackwardParams>;
-  const auto launch = [&](void (*kernel)(Params, int, int, bool, int, void*)) {
+  const auto launch = [&](void (*kernel)(Params, Launch)) {
     const int directions = params.directions / plan.launches;
-    const dim3 grid(static_cast<unsigned>(plan.blocks / directions), directions);
+    const auto slices = static_cast<unsigned>(slice_count(plan, params));
+    const dim3 grid(static_cast<unsigned>(plan.blocks / directions) / slices, directions, slices);
     const bool handoff = plan.family == Family::handoff;
     gpu::fill(workspace, 0, kBarrierBytes, stream);
     if (handoff)
@@ -169,8 +175,9 @@ void launch_persistent(const CudaPlan& plan, const Params& params, void* workspa
                 persistent_workspace(plan, params, kBackward) - kBarrierBytes, stream);
     for (int first = 0; first < params.directions; first += directions)
       gpu::launch_cooperative(plan.cluster, kernel, grid, kThreads, plan.shared_bytes, stream,
-                              params, first, plan.batch_tile, handoff, plan.shared_octets,
-                              workspace);
+                              params,
+                              Launch{first, static_cast<int>(plan.slice), plan.batch_tile,
+                                     plan.shared_octets, handoff, workspace});
   };
   with_kernels_of(params.cell, [&](auto cell) {
     switch (compiled_blocks(plan)) {

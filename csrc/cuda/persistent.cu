@@ -39,7 +39,7 @@ int64_t persistent_workspace(const CudaPlan& plan, const LayerShape& shape, bool
   if (plan.family == Family::cluster) return 0;
   const int element_bytes = shape.dtype == DType::f32 ? 4 : 2;
   const int64_t values = exchanged_values(shape, backward, plan.family == Family::handoff);
-  const int64_t octet = octet_bytes(backward ? 1 : gate_count(shape.cell), element_bytes);
+  const int64_t octet = octet_bytes(columns_of(shape.cell, backward), element_bytes);
   return kBarrierBytes + shape.directions * values * element_bytes +
          plan.blocks * plan.streamed_octets * octet;
 }

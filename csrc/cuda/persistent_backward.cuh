@@ -242,13 +242,13 @@ class ExchangedBackwardUnits
   using Units::tile_;
 
   // state: behind it is what is staged.
-  __device__ __forceinline__ ExchangedBackwardUnits(const BackwardParams& p, int direction,
-                                                    int tile, float* state, bool handoff,
-                                                    void* workspace)
-      : Units(p, direction, blockIdx.x, tile, state, p.B),
-        exchange_(p, direction, this->first_unit_, tile, handoff, workspace,
-                  reinterpret_cast<T*>(this->behind_state(p.B))) {
-    this->begin_state(0, p.B);
+  __device__ __forceinline__ ExchangedBackwardUnits(const BackwardParams& p, const Launch& launch,
+                                                    float* state)
+      : Units(p, launch.direction(), blockIdx.x, launch.batch_tile, state, Slice(launch, p).size()),
+        slice_(launch, p),
+        exchange_(p, launch, this->first_unit_,
+                  reinterpret_cast<T*>(this->behind_state(slice_.size()))) {
+    this->begin_state(slice_.begin, slice_.size());
   }
 
   // The gradients of a step's gates, to all blocks and from them. What the next step needs of the
@@ -258,23 +258,24 @@ class ExchangedBackwardUnits
                                                            Step next, Step after,
                                                            gpu::GridBarrier& barrier) {
     const auto resets = this->resets();
-    for (int first = 0; first < now.active; first += tile_) {
-      if (first > 0) {
+    for (int first = slice_.begin; first < now.active; first += tile_) {
+      if (first > slice_.begin) {
         __syncthreads();  // what was staged has been published
         this->load_saved(now, next, first);
       }
-      this->differentiate(now, first, first, [&](int b, int group, T gradient) {
+      this->differentiate(now, first, first - slice_.begin, [&](int b, int group, T gradient) {
         exchange_.stage(b, group, gradient);
       });
       __syncthreads();
       exchange_.publish(exchange_.slot_of(i), first, pass_size(now.active, first, tile_));
     }
     exchange_.announce(i, barrier);
-    if (!last) this->load_saved(next, after, 0);
+    if (!last) this->load_saved(next, after, slice_.begin);
     exchange_.await(i, barrier);
     return resets;
   }
 
+  const Slice slice_;
   const Exchange<T, gate_count(kCell), kUnits, 0> exchange_;
 };
 
@@ -290,17 +291,16 @@ class Backward : ExchangedBackwardUnits<Policy, kCell, kBlocks> {
   using Units::direction_;
   using Units::exchange_;
   using Units::p_;
+  using Units::slice_;
   using Units::tile_;
 
  public:
   // shared: [plan.shared_bytes]
-  __device__ __forceinline__ Backward(const BackwardParams& p, int direction, int tile,
-                                      float* shared, bool handoff, int shared_octets,
-                                      void* workspace)
-      : Units(p, direction, tile, shared + kSumWarps * tile * kPitch, handoff, workspace),
+  __device__ __forceinline__ Backward(const BackwardParams& p, const Launch& launch, float* shared)
+      : Units(p, launch, shared + kSumWarps * launch.batch_tile * kPitch),
         sums_(shared),
         product_(make_product<BlockProduct>(
-            static_cast<int>(p.H), exchange_.behind_staged(tile), shared_octets,
+            static_cast<int>(p.H), exchange_.behind_staged(), launch.shared_octets,
             exchange_.behind_slots(), [&](int, int gate, int of_block, int k) {
               const int unit = this->first_unit_ + of_block;
               const T* const weights = static_cast<const T*>(dir_.weight_hh);
@@ -311,19 +311,19 @@ class Backward : ExchangedBackwardUnits<Policy, kCell, kBlocks> {
   __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
     const bool down = direction_ == 0;
     const auto [begin, end] = p_.steps();
-    Step now = step_at(p_, down, begin), next = step_at(p_, down, begin + 1);
-    this->load_saved(now, next, 0);
+    Step now = slice_.step_at(p_, down, begin), next = slice_.step_at(p_, down, begin + 1);
+    this->load_saved(now, next, slice_.begin);
     for (int64_t s = begin; s < end; ++s) {
-      const Step after = step_at(p_, down, s + 2);
+      const Step after = slice_.step_at(p_, down, s + 2);
       auto resets = this->exchange(s - begin, s + 1 == end, now, next, after, barrier);
-      for (int first = 0; first < now.active; first += tile_) {
-        if (first > 0) {
+      for (int first = slice_.begin; first < now.active; first += tile_) {
+        if (first > slice_.begin) {
           __syncthreads();  // the sums of the pass before have been read
           resets = this->resets(now, next, first);
         }
         multiply(exchange_.slot_of(s - begin), now, first);
         __syncthreads();
-        this->add_product(now, resets, first, first, [&](int b) {
+        this->add_product(now, resets, first, first - slice_.begin, [&](int b) {
           float sums[1] = {};
           add_sums<kSumWarps>(sums_, tile_, kPitch, b, Owned::unit(), sums);
           return sums[0];
@@ -332,7 +332,7 @@ class Backward : ExchangedBackwardUnits<Policy, kCell, kBlocks> {
       now = next;
       next = after;
     }
-    this->end_state(0, p_.B);
+    this->end_state(slice_.begin, slice_.size());
   }
 
  private:
@@ -348,16 +348,14 @@ class Backward : ExchangedBackwardUnits<Policy, kCell, kBlocks> {
   const BlockProduct product_;
 };
 
-// blockIdx: (block of units, direction behind the first).
+// blockIdx: (block of units, direction behind the first, slice).
 template <class Policy, Cell kCell, int kBlocks>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy::T), kBlocks))
-    backward_kernel(const __grid_constant__ BackwardParams p, int first_direction, int tile,
-                    bool handoff, int shared_octets, void* workspace) {
+    backward_kernel(const __grid_constant__ BackwardParams p,
+                    const __grid_constant__ Launch launch) {
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
-  const int direction = first_direction + blockIdx.y;
-  Backward<Policy, kCell, kBlocks> block(p, direction, tile, shared, handoff, shared_octets,
-                                         workspace);
-  block.run(barrier_of(workspace, direction));
+  Backward<Policy, kCell, kBlocks> block(p, launch, shared);
+  block.run(barrier_of(launch));
 }
 
 }  // namespace rnn_fused::persistent

@@ -24,6 +24,34 @@ __device__ inline Step step_at(const LayerShape& shape, bool down, int64_t s) {
   return {static_cast<int>(shape.active(t)), shape.row(t)};
 }
 
+// How a launch runs, as its plan has it.
+struct Launch {
+  int first_direction;
+  int slice;       // sequences
+  int batch_tile;  // sequences of a pass
+  int shared_octets;
+  bool handoff;
+  void* workspace;
+
+  __device__ int direction() const { return first_direction + static_cast<int>(blockIdx.y); }
+};
+
+// The sequences of the batch that a block runs.
+struct Slice {
+  int begin, end;
+
+  __device__ Slice(const Launch& launch, const LayerShape& shape)
+      : begin(static_cast<int>(blockIdx.z) * launch.slice),
+        end(min(begin + launch.slice, static_cast<int>(shape.B))) {}
+
+  __device__ int size() const { return end - begin; }
+  // With no others' sequences behind its own. They may all be others'.
+  __device__ Step step_at(const LayerShape& shape, bool down, int64_t s) const {
+    const Step step = persistent::step_at(shape, down, s);
+    return {min(step.active, end), step.row};
+  }
+};
+
 // A bit for each sequence of a pass.
 template <int kUnits>
 using SequenceBits = std::conditional_t<(max_batch_tile(kUnits) > 32), uint64_t, uint32_t>;

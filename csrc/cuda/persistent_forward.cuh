@@ -193,39 +193,40 @@ class Forward : ExchangedForwardUnits<Policy, kCell, kBlocks> {
 
  public:
   // shared: [plan.shared_bytes]
-  __device__ __forceinline__ Forward(const ForwardParams& p, int direction, int tile, float* shared,
-                                     bool handoff, int shared_octets, void* workspace)
-      : Units(p, direction, blockIdx.x, tile, shared),
-        exchange_(p, direction, this->first_unit_, tile, handoff, workspace,
-                  reinterpret_cast<T*>(this->behind_state(p.B))),
+  __device__ __forceinline__ Forward(const ForwardParams& p, const Launch& launch, float* shared)
+      : Units(p, launch.direction(), blockIdx.x, launch.batch_tile, shared),
+        slice_(launch, p),
+        exchange_(p, launch, this->first_unit_,
+                  reinterpret_cast<T*>(this->behind_state(slice_.size()))),
         product_(make_product<BlockProduct>(
-            static_cast<int>(p.H), exchange_.behind_staged(tile), shared_octets,
+            static_cast<int>(p.H), exchange_.behind_staged(), launch.shared_octets,
             exchange_.behind_slots(),
             [&](int gate, int, int unit, int k) { return this->load_weights(gate, unit, k); })) {
-    this->begin_state(0, p_.B);
+    this->begin_state(slice_.begin, slice_.size());
     publish_state(kInitialSlot, dir_.h0);
     if (p.resets) publish_state(kResetSlot, dir_.reset_h);
   }
 
   __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
     const bool down = direction_ == 1;
-    Step before = {0, 0}, now = step_at(p_, down, 0);
+    Step before = {0, 0}, now = slice_.step_at(p_, down, 0);
     barrier.arrive();
-    this->load_input(now, before, 0);
+    this->load_input(now, before, slice_.begin);
     barrier.wait();
     for (int64_t s = 0; s < p_.T; ++s) {
-      const Step next = step_at(p_, down, s + 1);
-      for (int first = 0; first < now.active; first += tile_) {
-        if (first > 0) this->load_input(now, before, first);
+      const Step next = slice_.step_at(p_, down, s + 1);
+      for (int first = slice_.begin; first < now.active; first += tile_) {
+        if (first > slice_.begin) this->load_input(now, before, first);
         multiply(s, before, now, first);
         __syncthreads();
-        this->activate(now, next, first, first, [&](int b, T h) { exchange_.stage(b, 0, h); });
+        this->activate(now, next, first, first - slice_.begin,
+                       [&](int b, T h) { exchange_.stage(b, 0, h); });
         __syncthreads();  // and the sums have been read
         exchange_.publish(exchange_.slot_of(s), first, pass_size(now.active, first, tile_));
       }
       if (s + 1 == p_.T) break;
       exchange_.announce(s, barrier);
-      this->load_input(next, now, 0);
+      this->load_input(next, now, slice_.begin);
       exchange_.await(s, barrier);
       before = now;
       now = next;
@@ -235,8 +236,8 @@ class Forward : ExchangedForwardUnits<Policy, kCell, kBlocks> {
  private:
   // The block's units of a state that is given, for all blocks.
   __device__ __forceinline__ void publish_state(int slot, const void* state) {
-    for (int first = 0; first < p_.B; first += tile_) {
-      const int count = pass_size(static_cast<int>(p_.B), first, tile_);
+    for (int first = slice_.begin; first < slice_.end; first += tile_) {
+      const int count = pass_size(slice_.end, first, tile_);
       Owned::for_sequences(this->owns() ? count : 0, [&](int, int b) {
         exchange_.stage(b, 0, static_cast<const T*>(state)[(first + b) * p_.H + this->unit_]);
       });
@@ -262,20 +263,18 @@ class Forward : ExchangedForwardUnits<Policy, kCell, kBlocks> {
         tile_, this->sums_, exchange_.handoff());
   }
 
+  const Slice slice_;
   const Exchange<T, 1, units_of(kBlocks), kGivenSlots> exchange_;
   const BlockProduct product_;
 };
 
-// blockIdx: (block of units, direction behind the first).
+// blockIdx: (block of units, direction behind the first, slice).
 template <class Policy, Cell kCell, int kBlocks>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy::T), kBlocks))
-    forward_kernel(const __grid_constant__ ForwardParams p, int first_direction, int tile,
-                   bool handoff, int shared_octets, void* workspace) {
+    forward_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ Launch launch) {
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
-  const int direction = first_direction + blockIdx.y;
-  Forward<Policy, kCell, kBlocks> block(p, direction, tile, shared, handoff, shared_octets,
-                                        workspace);
-  block.run(barrier_of(workspace, direction));
+  Forward<Policy, kCell, kBlocks> block(p, launch, shared);
+  block.run(barrier_of(launch));
 }
 
 template <class Policy>

@@ -31,15 +31,15 @@ int64_t shared_bytes(const LayerShape& s, const CudaPlan& plan, int64_t element_
                      bool backward, int tile) {
   using namespace persistent;
   const int units = plan.units, gates = gate_count(s.cell);
-  const int64_t pitch = sum_pitch(backward ? 1 : gates, units * plan.cluster);
+  const int64_t pitch = sum_pitch(columns_of(s.cell, backward), units * plan.cluster);
   const int64_t sums = int64_t{sum_warps(compiled_blocks(plan))} * tile * pitch;
   constexpr int64_t kBarriers = 4;  // two of 8 bytes, in static memory
   const int64_t parts = plan.cluster > 1 ? int64_t{2} * plan.cluster * tile * units + kBarriers : 0;
-  const int64_t state = state_count(s.cell, backward) * s.B * units;
+  const int64_t state = state_count(s.cell, backward) * plan.slice * units;
   const int64_t biases = backward ? 0 : saved_count(s.cell) * units;
   const int64_t in_shared = units == kLargeUnits ? 0 : plan.k_blocks - plan.register_blocks;
-  const int64_t weights = in_shared * kWarps * kRun * gates * units * element_bytes;
-  const int64_t staged = int64_t{tile} * (backward ? gates : 1) * units * element_bytes;
+  const int64_t weights = in_shared * kBlock * gates * units * element_bytes;
+  const int64_t staged = int64_t{tile} * groups_of(s.cell, backward) * units * element_bytes;
   return (sums + parts + biases + state) * static_cast<int64_t>(sizeof(float)) + staged + weights;
 }
 
@@ -66,8 +66,8 @@ int64_t shared_bytes_of_cluster(const LayerShape& s, const CudaPlan& plan, int64
 void keep_octets(const LayerShape& s, CudaPlan& plan, int64_t element_bytes, bool backward,
                  const GpuProperties& gpu) {
   using namespace persistent;
-  const int64_t bytes = octet_bytes(backward ? 1 : gate_count(s.cell), element_bytes);
-  const int64_t all = int64_t{plan.k_blocks} * (backward ? gate_count(s.cell) : 1) * plan.units / 8;
+  const int64_t bytes = octet_bytes(columns_of(s.cell, backward), element_bytes);
+  const int64_t all = large_octets(s.H, groups_of(s.cell, backward));
   const int64_t room = (gpu.shared_per_block - plan.shared_bytes) / bytes;
   plan.shared_octets = static_cast<int>(std::min(all, room));
   plan.streamed_octets = static_cast<int>(all) - plan.shared_octets;
@@ -76,15 +76,15 @@ void keep_octets(const LayerShape& s, CudaPlan& plan, int64_t element_bytes, boo
 
 // A plan for blocks of `units` in so many launches, in clusters of so many blocks, which divide K
 // among them; stepwise where the GPU has no room for it.
-CudaPlan plan_persistent(const LayerShape& s, const GpuProperties& gpu, bool backward, int units,
-                         int launches, int cluster) {
+CudaPlan plan_persistent(const LayerShape& s, Precision precision, const GpuProperties& gpu,
+                         bool backward, int units, int launches, int cluster) {
   using namespace persistent;
   const int element_bytes = s.dtype == DType::f32 ? 4 : 2;
   CudaPlan plan;
   plan.family = Family::persistent;
   plan.units = units;
   plan.warps = kWarps;
-  plan.k_blocks = static_cast<int>((s.H + kWarps * kRun - 1) / (kWarps * kRun));
+  plan.k_blocks = k_blocks_of(s.H);
   const int compiled = compiled_blocks(plan);
   const int gates = gate_count(s.cell);
   const bool large = units == kLargeUnits;
@@ -96,10 +96,17 @@ CudaPlan plan_persistent(const LayerShape& s, const GpuProperties& gpu, bool bac
   plan.cluster = cluster;
   plan.blocks = round_up((s.H + units - 1) / units, cluster) * s.directions / launches;
 
+  // As many slices as there are SMs for.
+  const int64_t sms = cluster > 1 ? resident_clusters(gpu, cluster) * cluster : gpu.sm_count;
+  const int64_t slices = std::clamp<int64_t>(sms / plan.blocks, 1, kMaxSlices);
+  const int64_t batch = std::max<int64_t>(s.B, 1);
+  plan.slice = std::min(
+      batch, round_up((batch + slices - 1) / slices, sequences_of_product(s.dtype, precision)));
+  plan.blocks *= (batch + plan.slice - 1) / plan.slice;
+
   // The launch bounds promise these registers, in whole warps of 8 registers a thread.
   const int64_t by_registers =
       blocks_per_sm(element_bytes, compiled) * gpu.registers_per_sm / kRegistersPerSm;
-  const int64_t sms = cluster > 1 ? resident_clusters(gpu, cluster) * cluster : gpu.sm_count;
   const int64_t needed = (plan.blocks + sms - 1) / sms;  // on an SM
   if (by_registers < needed)
     return stepwise(text(plan.blocks) + " blocks of " + text(units) +
@@ -108,8 +115,8 @@ CudaPlan plan_persistent(const LayerShape& s, const GpuProperties& gpu, bool bac
 
   // A large tile has fewer barriers in a step, a small one leaves room for more blocks.
   plan.batch_tile = static_cast<int>(std::clamp<int64_t>(
-      round_up(s.B, kMinBatchTile), kMinBatchTile,
-      max_batch_tile(units, own_sequences(compiled, backward ? 1 : gates, element_bytes))));
+      round_up(plan.slice, kMinBatchTile), kMinBatchTile,
+      max_batch_tile(units, own_sequences(compiled, columns_of(s.cell, backward), element_bytes))));
   for (;; plan.batch_tile = static_cast<int>(round_up(plan.batch_tile / 2, kMinBatchTile))) {
     plan.shared_bytes = shared_bytes(s, plan, element_bytes, backward, plan.batch_tile);
     const int64_t resident = gpu.shared_per_sm / (plan.shared_bytes + kReservedShared);
@@ -172,6 +179,7 @@ CudaPlan plan_cluster(const LayerShape& s, const GpuProperties& gpu, bool backwa
   const auto clusters = [&](int tile) { return (s.B + tile - 1) / tile * s.directions; };
   const bool few = clusters(kMinBatchTile) <= resident_clusters(gpu, plan.cluster);
   plan.batch_tile = few ? kMinBatchTile : max_batch_tile(plan.units);
+  plan.slice = std::min<int64_t>(s.B, plan.batch_tile);
   plan.blocks = clusters(plan.batch_tile) * plan.cluster;
   plan.shared_bytes = shared_bytes_of_cluster(s, plan, element_bytes, backward);
   if (plan.shared_bytes + kReservedShared > gpu.shared_per_block)
@@ -201,8 +209,8 @@ CudaPlan plan_cuda(const LayerShape& s, Precision precision, const GpuProperties
   const bool split = forced == Family::split;
   if (const std::string why = obstacle(s, gpu, split ? 90 : 80); !why.empty()) return stepwise(why);
   if (split && gate_count(s.cell) == 1) return stepwise("one gate is nothing to divide");
-  constexpr int64_t kMaxNarrow = int64_t{kMaxNarrowBlocks} * kWarps * kRun;
-  constexpr int64_t kMaxWide = int64_t{kWideBlocks} * kWarps * kRun;
+  constexpr int64_t kMaxNarrow = int64_t{kMaxNarrowBlocks} * kBlock;
+  constexpr int64_t kMaxWide = int64_t{kWideBlocks} * kBlock;
   const bool exact = s.dtype == DType::f32 && precision == Precision::exact;
   const bool large = !exact && (!forced || forced == Family::persistent);
   if (s.H > kMaxWide && !large)
@@ -228,7 +236,7 @@ CudaPlan plan_cuda(const LayerShape& s, Precision precision, const GpuProperties
         (units == kWide && s.H > kMaxWide) ||
         (units == kLargeUnits && (!large || best.family != Family::stepwise)))
       continue;
-    CudaPlan plan = plan_persistent(s, gpu, backward, units, launches,
+    CudaPlan plan = plan_persistent(s, precision, gpu, backward, units, launches,
                                     split && backward ? gate_count(s.cell) : 1);
     if (forced && plan.family == Family::persistent) plan.family = *forced;
     const bool runs = plan.family != Family::stepwise;

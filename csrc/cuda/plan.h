@@ -36,13 +36,20 @@ struct CudaPlan {
   // Of a large block, whose weights are kept by octets: those of eight units for a k-block of h, or
   // of one gate's gradients. In shared memory, and read from L2 in every step.
   int shared_octets = 0, streamed_octets = 0;
-  int batch_tile = 0;        // sequences of a pass, or of a cluster
+  // Sequences of a slice of the batch, which has blocks of its own; these wait for no other
+  // slice's.
+  int64_t slice = 0;
+  int batch_tile = 0;        // sequences of a pass
   int launches = 0;          // 2: one direction after the other
   int64_t blocks = 0;        // of a launch
   int cluster = 0;           // blocks of a cluster; 1 if they are in none
   int64_t shared_bytes = 0;  // of a block
   std::string why;           // what rules out the others; empty for these, and if it is forced
 };
+
+inline int64_t slice_count(const CudaPlan& plan, const LayerShape& shape) {
+  return plan.slice == 0 ? 0 : (shape.B + plan.slice - 1) / plan.slice;
+}
 
 // The persistent kernels where they are predicted to be as fast as the stepwise ones, never the
 // others: no GPU has run these. forced: that family, in narrow blocks if these fit, or where it
@@ -59,7 +66,20 @@ namespace persistent {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kRun = 32;  // consecutive values of h that a warp multiplies at a time
+constexpr int kRun = 32;               // consecutive values of h that a warp multiplies at a time
+constexpr int kBlock = kWarps * kRun;  // values of h in a k-block
+RNN_FUSED_HD constexpr int k_blocks_of(int64_t H) {
+  return static_cast<int>((H + kBlock - 1) / kBlock);
+}
+
+// What a step multiplies: forward h, for a sum of each gate; backward the gradients of all gates,
+// in a group each, for one sum.
+RNN_FUSED_HD constexpr int columns_of(Cell cell, bool backward) {
+  return backward ? 1 : gate_count(cell);
+}
+RNN_FUSED_HD constexpr int groups_of(Cell cell, bool backward) {
+  return backward ? gate_count(cell) : 1;
+}
 
 // Kernels are compiled for these numbers of k-blocks; H between them leaves some out. The narrow
 // ones have all weights in registers, the wide one the rest in shared memory. The large one runs
@@ -75,7 +95,10 @@ constexpr int kLargeUnits = units_of(kAnyBlocks);
 
 // Bytes of an octet in a block: of its eight units, those of all warps.
 RNN_FUSED_HD constexpr int64_t octet_bytes(int columns, int64_t element_bytes) {
-  return int64_t{8} * kWarps * kRun * columns * element_bytes;
+  return int64_t{8} * kBlock * columns * element_bytes;
+}
+RNN_FUSED_HD constexpr int large_octets(int64_t H, int groups) {
+  return k_blocks_of(H) * groups * kLargeUnits / 8;
 }
 
 // Tiles of sequences that a large block multiplies together, so that every weight comes by once for
@@ -93,6 +116,14 @@ RNN_FUSED_HD constexpr int max_batch_tile(int units, int own = kOwn) {
   return own * kThreads / units;
 }
 constexpr int kMinBatchTile = 16;  // the rows of one mma
+
+// Sequences that a product takes at a time.
+constexpr int sequences_of_product(DType dtype, Precision precision) {
+  return dtype == DType::f32 && precision == Precision::exact ? 4 : kMinBatchTile;
+}
+
+// Each has a barrier in each direction.
+constexpr int kMaxSlices = 16;
 
 // Warps whose sums of the product are in shared memory: in large blocks the others add theirs.
 RNN_FUSED_HD constexpr int sum_warps(int k_blocks) {

@@ -54,9 +54,7 @@ struct Model {
   double bytes = s.dtype == DType::f64 ? 8 : s.dtype == DType::f32 ? 4 : 2;  // of an element
 
   // Sequences that are multiplied at a time.
-  double sequences() const {
-    return s.dtype == DType::f32 && precision == Precision::exact ? 4 : persistent::kMinBatchTile;
-  }
+  double sequences() const { return persistent::sequences_of_product(s.dtype, precision); }
 
   // Products of one block, and its gates.
   double maths(double rows, double outputs, double K) const {
@@ -66,11 +64,12 @@ struct Model {
 
   // Of a large block, which reads its weights once for all tiles that it multiplies together; what
   // is not in shared memory it has written once, and from L2, if that has room for all blocks'.
-  void add_octets(StepCost& cost) const {
-    const int columns = backward ? 1 : gate_count(s.cell), element = static_cast<int>(bytes);
+  void add_octets(StepCost& cost, double rows) const {
+    const int columns = persistent::columns_of(s.cell, backward);
+    const int element = static_cast<int>(bytes);
     const double together = std::min(
         plan.batch_tile, persistent::kMinBatchTile * persistent::large_tiles(columns, element));
-    const double passes = round_up(B, together) / together;
+    const double passes = round_up(rows, together) / together;
     const double octet = static_cast<double>(persistent::octet_bytes(columns, element));
     const double streamed = plan.streamed_octets * octet;
     const double all = streamed * static_cast<double>(plan.blocks);
@@ -89,26 +88,28 @@ struct Model {
   }
 
   StepCost persistent() const {
-    const double columns = backward ? 1 : G, groups = backward ? G : 1;
-    const double read = groups * B * H * bytes / plan.cluster;  // by every block
+    const double columns = persistent::columns_of(s.cell, backward);
+    const double groups = persistent::groups_of(s.cell, backward);
+    const double rows = static_cast<double>(plan.slice);
+    const double read = groups * rows * H * bytes / plan.cluster;  // by every block
     StepCost cost;
     cost.waits = (plan.family == Family::handoff ? kHandoff : kGridBarrier) * kClock;
     cost.traffic = std::max(read / kL2OfSm, read * static_cast<double>(plan.blocks) / kL2OfGpu);
-    cost.shared = sums(B, persistent::kWarps, columns, plan.units * plan.cluster) / kShared;
+    cost.shared = sums(rows, persistent::kWarps, columns, plan.units * plan.cluster) / kShared;
     if (plan.units == persistent::kLargeUnits)
-      add_octets(cost);
+      add_octets(cost, rows);
     else
-      cost.shared += weights(B, persistent::kWarps * persistent::kRun) / kShared;
+      cost.shared += weights(rows, persistent::kBlock) / kShared;
     if (plan.cluster > 1) {
-      cost.waits += kClusterTrip * kClock * (round_up(B, plan.batch_tile) / plan.batch_tile);
-      cost.traffic += B * plan.units * plan.cluster * 4 / kOtherSm;
+      cost.waits += kClusterTrip * kClock * (round_up(rows, plan.batch_tile) / plan.batch_tile);
+      cost.traffic += rows * plan.units * plan.cluster * 4 / kOtherSm;
     }
-    cost.maths = maths(B, columns * plan.units, groups * H);
+    cost.maths = maths(rows, columns * plan.units, groups * H);
     return times(cost, plan.launches);
   }
 
   StepCost cluster() const {
-    const double rows = std::min<double>(B, plan.batch_tile);
+    const double rows = static_cast<double>(plan.slice);
     const double units = plan.units, others = plan.cluster - 1;
     StepCost cost;
     cost.waits = kClusterTrip * kClock;

@@ -24,19 +24,19 @@ class SplitBackward : ExchangedBackwardUnits<Policy, kCell, kBlocks> {
   using Units::exchange_;
   using Units::G;
   using Units::p_;
+  using Units::slice_;
   using Units::tile_;
   static constexpr int kOfCluster = G * kUnits, kPitch = sum_pitch(1, kOfCluster);
 
  public:
   // shared: [plan.shared_bytes]. full: [2] mbarriers.
-  __device__ __forceinline__ SplitBackward(const BackwardParams& p, int direction, int tile,
-                                           float* shared, void* workspace, uint64_t* full)
-      : Units(p, direction, tile, shared + (kWarps * kPitch + 2 * kOfCluster) * tile, false,
-              workspace),
+  __device__ __forceinline__ SplitBackward(const BackwardParams& p, const Launch& launch,
+                                           float* shared, uint64_t* full)
+      : Units(p, launch, shared + (kWarps * kPitch + 2 * kOfCluster) * launch.batch_tile),
         sums_(shared),
-        parts_(tile, shared + kWarps * kPitch * tile, full),
+        parts_(tile_, shared + kWarps * kPitch * tile_, full),
         gate_(gpu::cluster_rank()),
-        product_(static_cast<int>(p.H), exchange_.behind_staged(tile),
+        product_(static_cast<int>(p.H), exchange_.behind_staged(),
                  [&](int, int, int of_cluster, int k) {
                    const int unit = this->first_unit_ - gate_ * kUnits + of_cluster;
                    const T* const weights = static_cast<const T*>(dir_.weight_hh);
@@ -49,18 +49,18 @@ class SplitBackward : ExchangedBackwardUnits<Policy, kCell, kBlocks> {
   __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
     const bool down = direction_ == 0;
     const auto [begin, end] = p_.steps();
-    Step now = step_at(p_, down, begin), next = step_at(p_, down, begin + 1);
+    Step now = slice_.step_at(p_, down, begin), next = slice_.step_at(p_, down, begin + 1);
     // Everybody's transactions can be counted.
     gpu::cluster_arrive();
-    this->load_saved(now, next, 0);
+    this->load_saved(now, next, slice_.begin);
     gpu::cluster_wait();
     uint32_t pass = 0;  // of all steps: it sends by buffer pass % 2, the (pass / 2)-th transaction
     for (int64_t s = begin; s < end; ++s) {
-      const Step after = step_at(p_, down, s + 2);
+      const Step after = slice_.step_at(p_, down, s + 2);
       auto resets = this->exchange(s - begin, s + 1 == end, now, next, after, barrier);
-      for (int first = 0; first < now.active; first += tile_, ++pass) {
+      for (int first = slice_.begin; first < now.active; first += tile_, ++pass) {
         const int buffer = pass % 2, rows = pass_size(now.active, first, tile_);
-        if (first > 0) {
+        if (first > slice_.begin) {
           __syncthreads();  // the sums of the pass before have been sent
           resets = this->resets(now, next, first);
         }
@@ -71,12 +71,13 @@ class SplitBackward : ExchangedBackwardUnits<Policy, kCell, kBlocks> {
         if (threadIdx.x == 0) parts_.expect(buffer, rows);
         send(buffer, rows);
         parts_.wait(buffer, pass / 2);
-        this->add_product(now, resets, first, first, [&](int b) { return parts_.sum(buffer, b); });
+        this->add_product(now, resets, first, first - slice_.begin,
+                          [&](int b) { return parts_.sum(buffer, b); });
       }
       now = next;
       next = after;
     }
-    this->end_state(0, p_.B);
+    this->end_state(slice_.begin, slice_.size());
     gpu::cluster_arrive();
     gpu::cluster_wait();
   }
@@ -114,17 +115,16 @@ class SplitBackward : ExchangedBackwardUnits<Policy, kCell, kBlocks> {
   const Product<Policy, kOfCluster, 1, 1, kBlocks> product_;
 };
 
-// blockIdx: (block of units, direction behind the first).
+// blockIdx: (block of units, direction behind the first, slice).
 template <class Policy, Cell kCell, int kBlocks>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(typename Policy::T), kBlocks))
-    split_backward_kernel(const __grid_constant__ BackwardParams p, int first_direction, int tile,
-                          bool, int, void* workspace) {
+    split_backward_kernel(const __grid_constant__ BackwardParams p,
+                          const __grid_constant__ Launch launch) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
   RNN_FUSED_SHARED(uint64_t, full, [2]);
-  const int direction = first_direction + blockIdx.y;
-  SplitBackward<Policy, kCell, kBlocks> block(p, direction, tile, shared, workspace, full);
-  block.run(barrier_of(workspace, direction));
+  SplitBackward<Policy, kCell, kBlocks> block(p, launch, shared, full);
+  block.run(barrier_of(launch));
 #else
   __trap();
 #endif

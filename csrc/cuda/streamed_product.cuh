@@ -40,7 +40,7 @@ class StreamedProduct {
   __device__ __forceinline__ StreamedProduct(int H, float* shared, int shared_octets, void* memory,
                                              Load eight)
       : H_(H), shared_octets_(shared_octets), shared_(reinterpret_cast<uint4*>(shared)) {
-    const int64_t block = blockIdx.y * gridDim.x + blockIdx.x;
+    const int64_t block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
     streamed_ =
         static_cast<uint4*>(memory) + block * (octets() - shared_octets) * kQuads * kThreads;
     Walk walk(*this);
@@ -183,9 +183,7 @@ class StreamedProduct {
   }
 
   // Of a block; some warps have fewer.
-  __device__ int octets() const {
-    return (H_ + kWarps * kRun - 1) / (kWarps * kRun) * kGroups * kOctets;
-  }
+  __device__ int octets() const { return large_octets(H_, kGroups); }
   __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
   // Of the warp. Item i is k-block i / kGroups of group i % kGroups.
   __device__ int items() const {

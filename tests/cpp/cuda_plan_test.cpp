@@ -37,6 +37,11 @@ bool mentions(const CudaPlan& plan, const std::string& text) {
   return plan.why.find(text) != std::string::npos;
 }
 
+double predicted(const LayerShape& s, const CudaPlan& plan, bool backward = false,
+                 const GpuProperties& gpu = kH100) {
+  return predict_step(s, Precision::exact, gpu, plan, backward).total();
+}
+
 TEST_CASE("a layer that fits has persistent kernels, in both passes") {
   for (const GpuProperties& gpu : {kH100, kH200, kB200})
     for (bool backward : {false, true})
@@ -54,9 +59,60 @@ TEST_CASE("a layer that fits has persistent kernels, in both passes") {
               CHECK(p.k_blocks == (H + 255) / 256);
               CHECK(p.register_blocks == p.k_blocks);
               CHECK(p.launches == 1);
-              CHECK(p.blocks == (H + 7) / 8);
-              CHECK(p.batch_tile == 32);
+              CHECK(p.blocks == (H + 7) / 8 * slice_count(p, shape(32, H)));
+              CHECK(p.batch_tile == (p.slice <= 16 ? 16 : 32));
             }
+}
+
+// As many slices as there are SMs for; of whole tiles of the product, so that these lose nothing.
+TEST_CASE("where SMs are left over the batch is in slices") {
+  struct Slices {
+    int64_t slice, count;
+    bool operator==(const Slices&) const = default;
+  };
+  const auto slices = [](const LayerShape& s, const GpuProperties& gpu,
+                         Family family = Family::persistent) -> Slices {
+    const CudaPlan p = plan_cuda(s, Precision::exact, gpu, true, family);
+    CAPTURE(p.why);
+    REQUIRE(p.family == family);
+    const int64_t count = slice_count(p, s);
+    const int64_t of_slice = p.blocks / count;
+    CHECK(p.blocks == of_slice * count);
+    if (count > 1) CHECK(p.blocks <= gpu.sm_count);
+    CHECK(p.batch_tile <= (p.slice + 15) / 16 * 16);
+    return {p.slice, count};
+  };
+  CHECK(slices(shape(1, 256), kH100) == Slices{1, 1});
+  CHECK(slices(shape(16, 256), kH100) == Slices{16, 1});
+  CHECK(slices(shape(17, 256), kH100) == Slices{16, 2});
+  CHECK(slices(shape(64, 256), kH100) == Slices{16, 4});
+  CHECK(slices(shape(65, 256), kH100) == Slices{32, 3});
+  CHECK(slices(shape(2048, 256), kH100) == Slices{512, 4});
+  CHECK(slices(shape(2048, 256, 2), kH100) == Slices{1024, 2});
+  CHECK(slices(shape(64, 512), kH100) == Slices{32, 2});
+  CHECK(slices(shape(64, 529), kH100) == Slices{64, 1});
+  CHECK(slices(shape(64, 1024), kH100) == Slices{64, 1});
+  CHECK(slices(shape(2048, 8), kH100) == Slices{128, 16});  // as many as there are barriers
+  // Products of exact float32 take four sequences at a time.
+  CHECK(slices(shape(16, 256, 1, Cell::lstm, DType::f32), kH100) == Slices{4, 4});
+  CHECK(slices(shape(18, 256, 1, Cell::lstm, DType::f32), kH100) == Slices{8, 3});
+  CHECK(slices(shape(64, 256), kH100, Family::handoff) == Slices{16, 4});
+  // Of 32 clusters that are resident each direction has 8, one to a gate of four.
+  CHECK(slices(shape(64, 256, 2), kSmall, Family::handoff).count == 1);
+  CHECK(slices(shape(256, 256), kH100, Family::split) == Slices{64, 4});
+  CHECK(slices(shape(256, 264), kH100, Family::split) == Slices{96, 3});
+}
+
+TEST_CASE("slices are predicted to cost less than the whole batch on fewer SMs") {
+  for (bool backward : {false, true})
+    for (int64_t B : {64, 512}) {
+      const LayerShape s = shape(B, 256);
+      GpuProperties few = kH100;
+      few.sm_count = 32;
+      const CudaPlan sliced = plan(s, kH100, backward), whole = plan(s, few, backward);
+      REQUIRE(sliced.blocks == 4 * whole.blocks);
+      CHECK(predicted(s, sliced, backward) < predicted(s, whole, backward));
+    }
 }
 
 TEST_CASE("what the persistent kernels cannot do") {
@@ -82,15 +138,10 @@ TEST_CASE("blocks count sequences in 32 bits") {
     CHECK(mentions(forced(B), "in 32 bits, B up to 67108864, got " + std::to_string(B)));
 }
 
-double predicted(const LayerShape& s, const CudaPlan& plan, bool backward = false,
-                 const GpuProperties& gpu = kH100) {
-  return predict_step(s, Precision::exact, gpu, plan, backward).total();
-}
-
 TEST_CASE("large batches of large layers are left to products, where these are predicted faster") {
   for (bool backward : {false, true}) {
     bool left = false;
-    for (int64_t B = 16; B <= 512; B += 16) {
+    for (int64_t B = 32; B <= 512; B += 32) {  // of two slices, whole tiles
       const LayerShape s = shape(B, 1024);
       const CudaPlan chosen = plan_cuda(s, Precision::exact, kH100, backward);
       const CudaPlan forced = plan(s, kH100, backward);
@@ -125,8 +176,9 @@ TEST_CASE("predictions grow with the work, and with what limits it") {
             CHECK(cost.total() >= last[i]);
             last[i] = cost.total();
           }
-          // No grid barrier, and a slice of the batch to an SM.
-          CHECK(predicted(s, plans[2], backward) < predicted(s, plans[1], backward));
+          // No grid barrier. Of larger batches the persistent kernels, too, have slices.
+          if (B <= persistent::sequences_of_product(dtype, Precision::exact))
+            CHECK(predicted(s, plans[2], backward) < predicted(s, plans[1], backward));
         }
         // Twice as many clusters as there is room for take twice as long.
         const LayerShape few = shape(256, 256, 1, cell, dtype);
@@ -242,12 +294,14 @@ TEST_CASE("what large blocks read from L2 is in their prediction") {
   REQUIRE(two_tiles.batch_tile == 32);
   const auto beyond_h = [&](int64_t B) {
     const LayerShape many = shape(B, 2816, 1, Cell::gru);
-    CudaPlan none = two_tiles;
+    CudaPlan some = two_tiles;
+    some.slice = B;
+    CudaPlan none = some;
     none.streamed_octets = 0;
     const auto traffic = [&](const CudaPlan& plan) {
       return predict_step(many, Precision::exact, kH100, plan, false).traffic;
     };
-    return traffic(two_tiles) - traffic(none);
+    return traffic(some) - traffic(none);
   };
   CHECK(beyond_h(1) == doctest::Approx(beyond_h(32)));
   CHECK(beyond_h(64) == doctest::Approx(2 * beyond_h(32)).epsilon(0.02));
@@ -273,14 +327,14 @@ TEST_CASE("weights beyond a wide block's registers are in shared memory") {
       REQUIRE(p.units == 16);
       CHECK(p.k_blocks == 5);
       CHECK(p.register_blocks == std::min(5, in_registers));
-      // [8 warps, 16, 16 units + 8, or 16 * 4 gates + 4] sums, biases, [16, 16] state, what
+      // [8 warps, 16, 16 units + 8, or 16 * 4 gates + 4] sums, biases, [slice, 16] state, what
       // is staged, and weights: for each k-block 256 values of h for the units of each gate.
       const int gates = gate_count(cell), state = cell == Cell::rnn_tanh ? backward : 1;
       const int pitch = backward || gates == 1 ? 24 : 68;
       const int biases = backward ? 0 : saved_count(cell) * 16;
       const int element = dtype == DType::f32 ? 4 : 2;
       const int doubled = backward && cell == Cell::lstm ? 2 : 1;
-      CHECK(p.shared_bytes == 4 * (8 * 16 * pitch + biases + doubled * state * 256) +
+      CHECK(p.shared_bytes == 4 * (8 * 16 * pitch + biases + doubled * state * p.slice * 16) +
                                   element * (16 * 16 * (backward ? gates : 1) +
                                              (5 - p.register_blocks) * 256 * 16 * gates));
     }
@@ -288,30 +342,33 @@ TEST_CASE("weights beyond a wide block's registers are in shared memory") {
 }
 
 TEST_CASE("shared memory holds the sums of a batch tile and the state of every sequence") {
-  CHECK(plan(shape(1, 64), kH100).batch_tile == 16);
-  CHECK(plan(shape(33, 64), kH100).batch_tile == 48);
-  CHECK(plan(shape(1000, 64), kH100).batch_tile == 64);
+  // All SMs have the same slice.
+  GpuProperties gpu = kH100;
+  gpu.sm_count = 8;
+  CHECK(plan(shape(1, 64), gpu).batch_tile == 16);
+  CHECK(plan(shape(33, 64), gpu).batch_tile == 48);
+  CHECK(plan(shape(1000, 64), gpu).batch_tile == 64);
   // [8 warps, tile, 8 units * 4 gates + 4] sums, [4, 8] biases, [B, 8] c, and [tile, 8] staged
-  CHECK(plan(shape(70, 64), kH100).shared_bytes == 4 * (8 * 64 * 36 + 32 + 70 * 8) + 2 * 64 * 8);
-  CHECK(plan(shape(70, 64, 1, Cell::rnn_relu), kH100).shared_bytes ==
+  CHECK(plan(shape(70, 64), gpu).shared_bytes == 4 * (8 * 64 * 36 + 32 + 70 * 8) + 2 * 64 * 8);
+  CHECK(plan(shape(70, 64, 1, Cell::rnn_relu), gpu).shared_bytes ==
         4 * (8 * 64 * 8 + 8) + 2 * 64 * 8);
   // [8 warps, tile, 8 units] sums, [2, B, 8] dh and dc, of other cells dh alone; [tile,
   // gates, 8] staged
-  CHECK(plan(shape(70, 64), kH100, true).shared_bytes ==
+  CHECK(plan(shape(70, 64), gpu, true).shared_bytes ==
         4 * (8 * 64 * 8 + 2 * 70 * 8) + 2 * 4 * 64 * 8);
-  CHECK(plan(shape(70, 64, 1, Cell::gru), kH100, true).shared_bytes ==
+  CHECK(plan(shape(70, 64, 1, Cell::gru), gpu, true).shared_bytes ==
         4 * (8 * 64 * 8 + 70 * 8) + 2 * 3 * 64 * 8);
 
   int64_t last = 64;
   for (int64_t B = 64; B < 8000; B += 64) {
-    const CudaPlan p = plan(shape(B, 64), kH100);
+    const CudaPlan p = plan(shape(B, 64), gpu);
     if (p.family == Family::stepwise) {
       CHECK(B > 6600);
       CHECK(mentions(p, "shared memory"));
       CHECK(mentions(p, "233472"));
       return;
     }
-    CHECK(p.shared_bytes <= kH100.shared_per_block);
+    CHECK(p.shared_bytes <= gpu.shared_per_block);
     CHECK(p.batch_tile <= last);
     last = p.batch_tile;
   }
@@ -454,7 +511,7 @@ TEST_CASE("an empty batch has a plan") {
 }
 
 TEST_CASE("the backward pass may have another plan than the forward pass") {
-  const LayerShape s = shape(4000, 64);
+  const LayerShape s = shape(16 * 4000, 64);  // in 16 slices
   CHECK(plan(s, kH100).family == Family::persistent);
   CHECK(plan(s, kH100, true).family == Family::stepwise);
 }

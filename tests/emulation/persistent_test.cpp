@@ -12,6 +12,10 @@ namespace {
 
 constexpr Host kOneThread = {nullptr, 1};
 constexpr GpuProperties kH100 = {90, 132, 65536, 233472, 232448};
+// Of fewer SMs, so that small layers have one slice or a few, as large ones have on an H100: more
+// would take longer and run the same code.
+constexpr GpuProperties kSixteenSms = {90, 16, 65536, 233472, 232448};
+constexpr GpuProperties kHalfOfThem = {90, 66, 65536, 233472, 232448};
 // Room for one direction of up to 304 units in wide blocks.
 constexpr GpuProperties kSmall = {90, 19, 65536, 233472, 232448};
 // So few SMs that even layers of a few units are in large blocks. Of shared memory these have room
@@ -181,11 +185,11 @@ void check_all(std::initializer_list<int64_t> sizes_of_h, std::initializer_list<
 
 TEST_CASE("persistent kernels equal the CPU core") {
   for (uint64_t seed = 1; seed <= kRounds; ++seed)
-    check_all({1, 7, 8, 9, 33, 40}, {1, 3, 8, 17, 70}, {1, 2, 5}, seed);
+    check_all({1, 7, 8, 9, 33, 40}, {1, 3, 8, 17, 70}, {1, 2, 5}, seed, kSixteenSms);
 }
 
 TEST_CASE("persistent kernels with two k-blocks equal the CPU core") {
-  check_all({260}, {1, 17, 70}, {1, 2, 5}, 5);
+  check_all({260}, {1, 17, 70}, {1, 2, 5}, 5, kHalfOfThem);
 }
 
 // So many threads that a small batch must do.
@@ -196,9 +200,9 @@ TEST_CASE("persistent kernels with four k-blocks equal the CPU core") {
 // More steps than there are slots, so that each is written several times.
 #ifndef __SANITIZE_THREAD__
 TEST_CASE("blocks that hand off equal the CPU core") {
-  check_all({1, 9, 40}, {1, 3, 17, 70}, {1, 5, 27}, 1, kH100, Family::handoff);
+  check_all({1, 9, 40}, {1, 3, 17, 70}, {1, 5, 27}, 1, kSixteenSms, Family::handoff);
   Random random(13);
-  check_cells(DType::bf16, Precision::exact, 260, {Cell::lstm, Cell::gru}, {17}, {11}, kH100,
+  check_cells(DType::bf16, Precision::exact, 260, {Cell::lstm, Cell::gru}, {17}, {11}, kHalfOfThem,
               random, Family::handoff);
   check_cells(DType::f16, Precision::exact, 300, {Cell::lstm}, {40}, {11}, kSmall, random,
               Family::handoff);
@@ -220,7 +224,7 @@ TEST_CASE("blocks that hand off may run ahead of each other") {
 }
 #else
 TEST_CASE("blocks that hand off equal the CPU core") {
-  check_all({40}, {1, 17}, {11}, 1, kH100, Family::handoff);
+  check_all({40}, {1, 17}, {11}, 1, kSixteenSms, Family::handoff);
 }
 #endif
 
@@ -230,8 +234,8 @@ TEST_CASE("blocks that divide the gates equal the CPU core") {
   Random random(12);
   const auto check = [&](DType dtype, Precision precision, int64_t H,
                          std::initializer_list<int64_t> batches, std::initializer_list<int64_t> T) {
-    check_cells(dtype, precision, H, {Cell::lstm, Cell::gru}, batches, T, kH100, random,
-                Family::split);
+    check_cells(dtype, precision, H, {Cell::lstm, Cell::gru}, batches, T,
+                H < 100 ? kSixteenSms : kH100, random, Family::split);
   };
   for (const auto& [dtype, precision] : {std::pair{DType::bf16, Precision::exact},
                                          {DType::f16, Precision::exact},
@@ -248,10 +252,29 @@ TEST_CASE("blocks that divide the gates equal the CPU core") {
 TEST_CASE("blocks that divide the gates equal the CPU core") {
   Random random(12);
   for (int64_t batch : {1, 70})
-    check_cells(DType::bf16, Precision::exact, 40, {Cell::lstm, Cell::gru}, {batch}, {1, 3}, kH100,
-                random, Family::split);
+    check_cells(DType::bf16, Precision::exact, 40, {Cell::lstm, Cell::gru}, {batch}, {1, 3},
+                kSixteenSms, random, Family::split);
 }
 #endif
+
+// Each in several passes; of a ragged batch the last has no sequence in most timesteps.
+TEST_CASE("slices of the batch equal the CPU core") {
+  uint64_t seed = 0;
+  for (Family family : {Family::persistent, Family::handoff, Family::split})
+    for (bool ragged : {true, false}) {
+      Case c{{family == Family::handoff ? Cell::gru : Cell::lstm, DType::bf16, 5, 220, 3, 40}};
+      c.ragged = ragged;
+      c.resets = !ragged;
+      c.gpu = kSixteenSms;
+      c.family = family;
+      const LayerShape shape = {c.cell, c.dtype, c.T, c.B, c.H, c.H, 1, nullptr, nullptr};
+      const CudaPlan plan = plan_of(c, shape, true);
+      REQUIRE(plan.batch_tile < plan.slice);
+      REQUIRE(plan.slice < c.B);
+      check_case(c, ++seed);
+      if (kSanitized) break;
+    }
+}
 
 // Of 16 units to a block; on the small GPU 32 sequences to a cluster.
 #ifndef __SANITIZE_THREAD__
@@ -339,23 +362,26 @@ TEST_CASE("large blocks of several k-blocks equal the CPU core") {
               kFewSms, random);
 }
 
-TEST_CASE("large blocks of both directions in one launch equal the CPU core") {
-  Case both{{Cell::lstm, DType::f32, 2, 17, 3, 260}};
-  both.directions = 2;
-  both.precision = Precision::tf32;
-  both.gpu = kFewSmallSms;
-  for (bool backward : {false, true}) {
-    const LayerShape shape = {Cell::lstm, DType::f32, 2, 17, 260, 260, 2, nullptr, nullptr};
-    const CudaPlan plan = plan_of(both, shape, backward);
-    REQUIRE(plan.units == 32);
-    REQUIRE(plan.launches == 1);
-    REQUIRE(plan.streamed_octets > 0);
-  }
-  for (bool ragged : {false, true}) {
-    both.ragged = ragged;
-    both.resets = !ragged;
-    check_case(both, 15 + ragged);
-    if (kSanitized) return;
+TEST_CASE("large blocks of both directions, or of two slices, in one launch equal the CPU core") {
+  Case c{{Cell::lstm, DType::f32, 2, 17, 3, 260}};
+  c.precision = Precision::tf32;
+  c.gpu = kFewSmallSms;
+  for (int directions : {2, 1}) {
+    c.directions = directions;
+    for (bool backward : {false, true}) {
+      const LayerShape shape = {c.cell, c.dtype, c.T, c.B, c.H, c.H, directions, nullptr, nullptr};
+      const CudaPlan plan = plan_of(c, shape, backward);
+      REQUIRE(plan.units == 32);
+      REQUIRE(plan.launches == 1);
+      REQUIRE(plan.blocks == 18);
+      REQUIRE(plan.streamed_octets > 0);
+    }
+    for (bool ragged : {false, true}) {
+      c.ragged = ragged;
+      c.resets = !ragged;
+      check_case(c, 15 + ragged);
+      if (kSanitized) break;
+    }
   }
 }
 #endif
