@@ -197,11 +197,12 @@ def _how(plan: dict[str, Any], tf32: bool) -> str:
         )
     polling = " that hand off" * (plan["family"] == "handoff")
     divided = f" in clusters of {plan['cluster']} that divide the gates" * (plan["cluster"] > 1)
+    tile = min(plan["batch_tile"], plan["slice"])
     in_turns = " for one direction after the other" * (plan["launches"] > 1)
     sliced = f", {plan['slices']} slices of up to {plan['slice']} sequences" * (plan["slices"] > 1)
     return (
         f"persistent: {plan['blocks']} blocks of {plan['units']} hidden units{polling}{divided}"
-        f"{in_turns}{sliced}, {weights}, up to {plan['batch_tile']} sequences a pass, {shared}"
+        f"{in_turns}{sliced}, {weights}, up to {tile} sequences a pass, {shared}"
     )
 
 

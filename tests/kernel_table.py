@@ -23,7 +23,7 @@ from rnn_fused.explain import GPUS
 H100 = GPUS["H100"]
 NO_LIMITS = (1 << 30,) * 3  # SMs, bytes of shared memory of an SM and of a block
 BATCH = 32  # of the shapes whose dynamic shared memory the table has
-BLOCK = 256  # hidden units of a k-block: kWarps * kRun in csrc/cuda/plan.h
+BLOCK = 256  # hidden units of a k-block: kKBlock in csrc/cuda/plan.h
 WIDEST, LARGE = 8, 0  # k-blocks: the most of wide blocks, and any number, of large ones
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # in the order of Cell in csrc/core/params.h
 POLICIES = {"Mma<__nv_bfloat16>": "bf16", "Mma<__half>": "f16", "Tf32": "tf32", "Ffma": "f32"}

@@ -28,6 +28,7 @@ class ClusterBackward : BackwardUnits<Policy, kCell, kUnits> {
   using Units::first_unit_;
   using Units::G;
   using Units::p_;
+  using Units::slice_;
   using Units::tile_;
   static constexpr int kRuns = cluster_runs(kCell, kUnits);
   static constexpr int kOctets = Policy::kOctets;  // of units that are multiplied at a time
@@ -36,14 +37,13 @@ class ClusterBackward : BackwardUnits<Policy, kCell, kUnits> {
   static constexpr int kPitch = cluster_pitch(kRuns * kRun, sizeof(T));
 
  public:
-  // first: the cluster's first sequence. shared: [plan.shared_bytes]. full: [2] mbarriers.
-  __device__ __forceinline__ ClusterBackward(const BackwardParams& p, int direction, int first,
-                                             int tile, float* shared, uint64_t* full)
-      : Units(p, direction, gpu::cluster_rank(), tile, shared, tile),
-        first_(first),
+  // shared: [plan.shared_bytes]. full: [2] mbarriers.
+  __device__ __forceinline__ ClusterBackward(const BackwardParams& p, int direction,
+                                             const int& tile, float* shared, uint64_t* full)
+      : Units(p, direction, Slice(p, tile), gpu::cluster_rank(), tile, shared, tile),
         parts_(tile, this->behind_state(tile), full),
         grads_(reinterpret_cast<T*>(parts_.behind())) {
-    this->begin_state(first, count());
+    this->begin_state();
     load_weights();
     // Zeros where the product reads what is no unit's gradient: it multiplies them by zeros, and so
     // they must be no NaN.
@@ -53,47 +53,44 @@ class ClusterBackward : BackwardUnits<Policy, kCell, kUnits> {
 
   __device__ __forceinline__ void run() {
     const bool down = direction_ == 0;
-    const auto step = [&](int64_t s) { return step_at(p_, down, s); };
-    const auto [begin, end] = cluster_steps(p_, down, first_, tile_, p_.steps());
+    const auto step = [&](int64_t s) { return slice_.step_at(down, s); };
+    const auto [begin, end] = cluster_steps(p_, down, slice_, p_.steps());
     Step now = step(begin), next = step(begin + 1);
     if (threadIdx.x == 0 && begin < end) {
       parts_.begin();
-      parts_.expect(0, rows(now));
+      parts_.expect(0, now.active);
     }
     // Everybody's barriers are ready, and all of grads.
     gpu::cluster_arrive();
-    if (begin < end) this->load_saved(now, next, first_);
+    if (begin < end) this->load_saved(now, next, 0);
     gpu::cluster_wait();
     // Step i sends by buffer i % 2, that buffer's (i / 2)-th transaction.
     for (int64_t i = 0; i < end - begin; ++i) {
       const int buffer = static_cast<int>(i % 2);
       const bool last = begin + i + 1 == end;
       const auto resets = this->resets();
-      this->differentiate(now, first_, 0, [&](int b, int gate, T gradient) {
+      this->differentiate(now, 0, [&](int b, int gate, T gradient) {
         grads_of(buffer, b)[gate * kUnits + Owned::unit()] = gradient;
       });
       // Before anybody sends for step i + 1: they do not before they have what this block sends
       // below. Then all threads have also read the parts of step i - 1, which that overwrites.
-      if (threadIdx.x == 0 && !last) parts_.expect(1 - buffer, rows(next));
+      if (threadIdx.x == 0 && !last) parts_.expect(1 - buffer, next.active);
       __syncthreads();
-      multiply_and_send(buffer, rows(now));
+      multiply_and_send(buffer, now.active);
       const Step after = step(begin + i + 2);
-      if (!last) this->load_saved(next, after, first_);
+      if (!last) this->load_saved(next, after, 0);
       parts_.wait(buffer, static_cast<uint32_t>(i / 2));
-      this->add_product(now, resets, first_, 0, [&](int b) { return parts_.sum(buffer, b); });
+      this->add_product(now, resets, 0, [&](int b) { return parts_.sum(buffer, b); });
       now = next;
       next = after;
     }
-    this->end_state(first_, count());
+    this->end_state();
     gpu::cluster_arrive();
     gpu::cluster_wait();
   }
 
  private:
   static constexpr int kValues = 16 / sizeof(T);
-
-  __device__ int64_t count() const { return min(static_cast<int64_t>(tile_), p_.B - first_); }
-  __device__ int rows(Step step) const { return cluster_rows(step, first_, tile_); }
 
   // K is [gate, unit of the block]. Two buffers, so that a warp may come to the next step while
   // another still multiplies.
@@ -162,21 +159,20 @@ class ClusterBackward : BackwardUnits<Policy, kCell, kUnits> {
     }
   }
 
-  const int first_;  // sequence of the cluster
   const GradientParts<kUnits, 0> parts_;
   T* const grads_;  // [2, tile, kPitch]
   Eight<T> weights_[kRuns][kRounds][kOctets];
 };
 
-// blockIdx: (block of units of a slice of the sequences, direction).
+// blockIdx: (block of units, direction, slice).
 template <class Policy, Cell kCell, int kUnits>
 __global__ void __launch_bounds__(kThreads, 1)
-    cluster_backward_kernel(const __grid_constant__ BackwardParams p, int tile) {
+    cluster_backward_kernel(const __grid_constant__ BackwardParams p,
+                            const __grid_constant__ int tile) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
   RNN_FUSED_SHARED(uint64_t, full, [2]);
-  const int first = blockIdx.x / gpu::cluster_size() * tile;
-  ClusterBackward<Policy, kCell, kUnits> block(p, blockIdx.y, first, tile, shared, full);
+  ClusterBackward<Policy, kCell, kUnits> block(p, blockIdx.y, tile, shared, full);
   block.run();
 #else
   __trap();

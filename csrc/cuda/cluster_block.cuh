@@ -6,21 +6,16 @@
 
 namespace rnn_fused::persistent {
 
-// Sequences in a step of the cluster whose first is `first`.
-__device__ inline int cluster_rows(Step step, int first, int tile) {
-  return max(0, pass_size(step.active, first, tile));
-}
-
-// Of some steps those in which it has any. Sequences join as time goes down, and leave as it goes
-// up.
-__device__ inline Range cluster_steps(const LayerShape& shape, bool down, int first, int tile,
+// Which of some steps have sequences of a cluster's slice. Sequences join as time goes down, and
+// leave as it goes up.
+__device__ inline Range cluster_steps(const LayerShape& shape, bool down, Slice slice,
                                       Range steps) {
   if (!shape.batch_sizes) return steps;
   // The first step in which that changes.
   int64_t low = steps.begin, high = steps.end;
   while (low < high) {
     const int64_t s = (low + high) / 2;
-    if ((cluster_rows(step_at(shape, down, s), first, tile) > 0) == down)
+    if ((slice.step_at(down, s).active > 0) == down)
       high = s;
     else
       low = s + 1;
@@ -33,7 +28,8 @@ template <class Policy, class Params, class KernelOf>
 void launch_cluster(const CudaPlan& plan, const Params& params, cudaStream_t stream,
                     KernelOf kernel_of) {
   const auto launch = [&](void (*kernel)(Params, int)) {
-    const dim3 grid(static_cast<unsigned>(plan.blocks / params.directions), params.directions);
+    const auto slices = static_cast<unsigned>(slice_count(plan, params));
+    const dim3 grid(plan.cluster, params.directions, slices);
     gpu::launch_clusters(plan.cluster, kernel, grid, kThreads, plan.shared_bytes, stream, params,
                          plan.batch_tile);
   };

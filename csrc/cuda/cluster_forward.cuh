@@ -26,34 +26,33 @@ class ClusterForward : ForwardUnits<Policy, kCell, kUnits, kClusterKWarps> {
   using Units::dir_;
   using Units::direction_;
   using Units::p_;
+  using Units::slice_;
   using Units::tile_;
   static constexpr int kValues = 16 / sizeof(T);  // that are sent at a time
   static constexpr int kReset = 2;                // the buffer of the state after a reset
 
  public:
-  // first: the cluster's first sequence. shared: [plan.shared_bytes]. full: [2] mbarriers.
-  __device__ __forceinline__ ClusterForward(const ForwardParams& p, int direction, int first,
-                                            int tile, float* shared, uint64_t* full)
-      : Units(p, direction, gpu::cluster_rank(), tile, shared),
-        first_(first),
+  // shared: [plan.shared_bytes]. full: [2] mbarriers.
+  __device__ __forceinline__ ClusterForward(const ForwardParams& p, int direction, const int& tile,
+                                            float* shared, uint64_t* full)
+      : Units(p, direction, Slice(p, tile), gpu::cluster_rank(), tile, shared),
         pitch_(cluster_pitch(p.H, sizeof(T))),
         h_(reinterpret_cast<T*>(this->behind_state(tile))),
         full_(full),
         product_(
             static_cast<int>(p.H), reinterpret_cast<float*>(h_ + 3 * tile * pitch_),
             [&](int gate, int, int unit, int k) { return this->load_weights(gate, unit, k); }) {
-    const int count = static_cast<int>(min(static_cast<int64_t>(tile), p_.B - first));
-    this->begin_state(first, count);
+    this->begin_state();
     // Any step may be a sequence's first.
-    begin_h(0, dir_.h0, count);
-    begin_h(1, dir_.h0, count);
-    begin_h(kReset, dir_.reset_h, count);
+    begin_h(0, dir_.h0);
+    begin_h(1, dir_.h0);
+    begin_h(kReset, dir_.reset_h);
   }
 
   __device__ __forceinline__ void run() {
     const bool down = direction_ == 1;
-    const auto step = [&](int64_t s) { return step_at(p_, down, s); };
-    const auto [begin, end] = cluster_steps(p_, down, first_, tile_, {0, p_.T});
+    const auto step = [&](int64_t s) { return slice_.step_at(down, s); };
+    const auto [begin, end] = cluster_steps(p_, down, slice_, {0, p_.T});
     Step before = {0, 0}, now = step(begin), next = step(begin + 1);
     if (threadIdx.x == 0 && begin < end) {
       gpu::make_barrier(&full_[0], 1);
@@ -63,7 +62,7 @@ class ClusterForward : ForwardUnits<Policy, kCell, kUnits, kClusterKWarps> {
     }
     // Everybody's shared memory is ready.
     gpu::cluster_arrive();
-    if (begin < end) this->load_input(now, before, first_);
+    if (begin < end) this->load_input(now, before, 0);
     gpu::cluster_wait();
     // h goes into step i by buffer i % 2, that buffer's ((i - 1) / 2)-th transaction.
     for (int64_t i = 0; i < end - begin; ++i) {
@@ -74,12 +73,11 @@ class ClusterForward : ForwardUnits<Policy, kCell, kUnits, kClusterKWarps> {
       // All threads have seen the transaction, and have read the buffer. What the others send there
       // next goes into step i + 2; they do not before they have what this block sends below.
       if (threadIdx.x == 0 && i > 0) expect(buffer, next);
-      this->activate(now, next, first_, 0,
-                     [&](int b, T h) { h_of(1 - buffer, b)[this->unit_] = h; });
+      this->activate(now, next, 0, [&](int b, T h) { h_of(1 - buffer, b)[this->unit_] = h; });
       if (begin + i + 1 == end) break;
-      this->load_input(next, now, first_);
+      this->load_input(next, now, 0);
       __syncthreads();
-      send(1 - buffer, rows(now));
+      send(1 - buffer, now.active);
       before = now;
       now = next;
       next = step(begin + i + 2);
@@ -89,25 +87,24 @@ class ClusterForward : ForwardUnits<Policy, kCell, kUnits, kClusterKWarps> {
   }
 
  private:
-  __device__ int rows(Step step) const { return cluster_rows(step, first_, tile_); }
-
   // The transaction that brings the others' h of a step.
   __device__ void expect(int buffer, Step step) {
-    gpu::expect_bytes(&full_[buffer], (gpu::cluster_size() - 1) * rows(step) * kUnits * sizeof(T));
+    gpu::expect_bytes(&full_[buffer], (gpu::cluster_size() - 1) * step.active * kUnits * sizeof(T));
   }
 
   __device__ T* h_of(int buffer, int b) const { return h_ + (buffer * tile_ + b) * pitch_; }
 
   // from: [B, H] or null. Zeros where the product reads what is no sequence's or no unit's: it
   // multiplies them by zeros, and so they must be no NaN.
-  __device__ __forceinline__ void begin_h(int buffer, const void* from, int count) {
+  __device__ __forceinline__ void begin_h(int buffer, const void* from) {
     const bool aligned = rows_aligned<T>(from, p_.H, p_.H);
     const int H = static_cast<int>(p_.H), eights = (H + kRun - 1) / kRun * (kRun / 8);
     for (int i = threadIdx.x; i < tile_ * eights; i += kThreads) {
       const int b = i / eights, k = i % eights * 8;
       Eight<T> values;
-      if (from && b < count)
-        values = load_eight(aligned, static_cast<const T*>(from) + (first_ + b) * p_.H + k, H - k);
+      if (from && b < slice_.size())
+        values = load_eight(aligned, static_cast<const T*>(from) + (slice_.begin() + b) * p_.H + k,
+                            H - k);
 #pragma unroll
       for (int q = 0; q < Eight<T>::kQuads; ++q)
         reinterpret_cast<uint4*>(h_of(buffer, b) + k)[q] = values.quad(q);
@@ -116,7 +113,7 @@ class ClusterForward : ForwardUnits<Policy, kCell, kUnits, kClusterKWarps> {
 
   __device__ __forceinline__ void multiply(Step now, int buffer) {
     product_.multiply(
-        rows(now),
+        now.active,
         [&](int b, int, int k) {
           const int from = this->was_reset(b) ? kReset : buffer;
           const uint4* const quads = reinterpret_cast<const uint4*>(h_of(from, b) + k);
@@ -143,7 +140,6 @@ class ClusterForward : ForwardUnits<Policy, kCell, kUnits, kClusterKWarps> {
     }
   }
 
-  const int first_;  // sequence of the cluster
   const int pitch_;
   T* const h_;            // [3, tile, pitch]; behind it the weights
   uint64_t* const full_;  // [2]
@@ -151,15 +147,15 @@ class ClusterForward : ForwardUnits<Policy, kCell, kUnits, kClusterKWarps> {
       product_;
 };
 
-// blockIdx: (block of units of a slice of the sequences, direction).
+// blockIdx: (block of units, direction, slice).
 template <class Policy, Cell kCell, int kUnits>
 __global__ void __launch_bounds__(kThreads, 1)
-    cluster_forward_kernel(const __grid_constant__ ForwardParams p, int tile) {
+    cluster_forward_kernel(const __grid_constant__ ForwardParams p,
+                           const __grid_constant__ int tile) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   RNN_FUSED_DYNAMIC_SHARED(float, shared);
   RNN_FUSED_SHARED(uint64_t, full, [2]);
-  const int first = blockIdx.x / gpu::cluster_size() * tile;
-  ClusterForward<Policy, kCell, kUnits> block(p, blockIdx.y, first, tile, shared, full);
+  ClusterForward<Policy, kCell, kUnits> block(p, blockIdx.y, tile, shared, full);
   block.run();
 #else
   __trap();

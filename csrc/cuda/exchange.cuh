@@ -59,15 +59,17 @@ __device__ __forceinline__ T not_blank(T value) {
 template <class T, int kGroups, int kUnits, int kGiven>
 class Exchange {
  public:
-  // first_unit: of the block. staged: shared memory, [staged_values].
-  __device__ __forceinline__ Exchange(const LayerShape& s, const Launch& launch, int first_unit,
-                                      T* staged)
+  // handoff: the launch's, or false. first_unit: of the block. staged: shared memory,
+  // [staged_values].
+  __device__ __forceinline__ Exchange(const LayerShape& s, const Launch& launch, bool handoff,
+                                      int first_unit, T* staged)
       : s_(s),
         launch_(launch),
-        direction_(launch.direction()),
         first_unit_(first_unit),
-        handoff_(launch.handoff),
-        slots_(reinterpret_cast<T*>(static_cast<char*>(launch.workspace) + kBarrierBytes)),
+        direction_(launch.direction()),
+        handoff_(handoff),
+        slots_(reinterpret_cast<T*>(static_cast<char*>(launch.workspace) + kBarrierBytes) +
+               int64_t{launch.slice_of(s).begin()} * kGroups * pitch()),
         staged_(staged) {
     // Those behind the last unit stay zeros: the product multiplies them by zeros.
 #pragma unroll 1
@@ -83,7 +85,9 @@ class Exchange {
 
   // Device memory behind those of all directions.
   __device__ void* behind_slots() const {
-    return slots_ + s_.B * kGroups * slots_of_direction() * s_.directions * pitch();
+    const int64_t rows = s_.B * kGroups * slots_of_direction() * s_.directions;
+    return static_cast<char*>(launch_.workspace) + kBarrierBytes +
+           rows * pitch() * static_cast<int64_t>(sizeof(T));
   }
 
   __device__ bool handoff() const { return handoff_; }
@@ -104,8 +108,7 @@ class Exchange {
   // Of all that has been published in a step; and before what others have is read.
   __device__ __forceinline__ void announce(int64_t step, gpu::GridBarrier& barrier) const {
     if (!handoff()) return barrier.arrive();
-    const Slice slice(launch_, s_);
-    store(slot_of(step + 4), slice.begin, slice.size(),
+    store(slot_of(step + 4), 0, launch_.slice_of(s_).size(),
           [](int) { return make_uint4(kBlank, kBlank, kBlank, kBlank); });
     if (step % 2 == 0) barrier.arrive();
   }
@@ -148,10 +151,11 @@ class Exchange {
 
   const LayerShape& s_;
   const Launch& launch_;
-  // Some of it: read from there again, large blocks would spill on sm_80.
-  const int direction_, first_unit_;
+  const int first_unit_;
+  // Of the launch: read from there again, large blocks would spill on sm_80.
+  const int direction_;
   const bool handoff_;
-  T* const slots_;   // [directions, slots_of_direction, B, kGroups, pitch]
+  T* const slots_;   // [directions, slots_of_direction, B, kGroups, pitch], of the slice's first
   T* const staged_;  // [batch_tile, kGroups, kUnits]
 };
 

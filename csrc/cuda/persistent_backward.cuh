@@ -2,8 +2,8 @@
 //
 // Each block owns hidden units of one direction, and their columns of W_hh in registers and shared
 // memory, where dh and dc stay too. The gradients of the pre-activations go from block to block
-// through device memory (L2), with one barrier of the direction's blocks a step, or by hand-off
-// (exchange.cuh).
+// through device memory (L2), with one barrier a step of the blocks of a direction and slice of the
+// batch, or by hand-off (exchange.cuh).
 //
 // What a step costs: every SM reads the gradients of all gates from L2, G times what the forward
 // pass reads (LSTM, B = 32, H = 1024: 256 KiB, 2.3 us at 64 bytes a clock and 1.75 GHz, 6 us if L2
@@ -33,11 +33,12 @@ class BackwardUnits {
   static constexpr bool kGru = kCell == Cell::gru;
 
   // block: of the direction's units. state: [state_count, sequences, kUnits].
-  __device__ __forceinline__ BackwardUnits(const BackwardParams& p, int direction, int block,
-                                           int tile, float* state, int64_t sequences)
+  __device__ __forceinline__ BackwardUnits(const BackwardParams& p, int direction, Slice slice,
+                                           int block, int tile, float* state, int64_t sequences)
       : p_(p),
         direction_(direction),
         dir_(p.direction[direction]),
+        slice_(slice),
         tile_(tile),
         first_unit_(block * kUnits),
         unit_(first_unit_ + Owned::unit()),
@@ -49,10 +50,10 @@ class BackwardUnits {
     return dh_ + state_count(kCell, true) * sequences * kUnits;
   }
 
-  // dh and dc of the sequences from `first` on, before the window's first step.
-  __device__ __forceinline__ void begin_state(int first, int64_t count) {
-    Owned::for_all_sequences(owns() ? count : 0, tile_, [&](int b) {
-      const int64_t i = (first + b) * p_.H + unit_;
+  // dh and dc before the window's first step.
+  __device__ __forceinline__ void begin_state() {
+    Owned::for_all_sequences(owns() ? slice_.size() : 0, tile_, [&](int b) {
+      const int64_t i = given(b);
       dh_[b * kUnits + Owned::unit()] = begin(dir_.grad_h_n, dir_.carried_dh, i);
       if constexpr (kLstm)
         dc_[b * kUnits + Owned::unit()] = begin(dir_.grad_c_n, dir_.carried_dc, i);
@@ -60,9 +61,9 @@ class BackwardUnits {
   }
 
   // And after its last one.
-  __device__ __forceinline__ void end_state(int first, int64_t count) const {
-    Owned::for_all_sequences(owns() ? count : 0, tile_, [&](int b) {
-      const int64_t i = (first + b) * p_.H + unit_;
+  __device__ __forceinline__ void end_state() const {
+    Owned::for_all_sequences(owns() ? slice_.size() : 0, tile_, [&](int b) {
+      const int64_t i = given(b);
       leave(dh_[b * kUnits + Owned::unit()], dir_.grad_h0, dir_.carried_dh, i);
       if constexpr (kLstm) leave(dc_[b * kUnits + Owned::unit()], dir_.grad_c0, dir_.carried_dc, i);
     });
@@ -79,7 +80,7 @@ class BackwardUnits {
     Owned::for_sequences(owns() ? pass_size(step.active, first, tile_) : 0, [&](int i, int b) {
       const int sequence = first + b;
       const int64_t row = step.row + sequence;
-      const int64_t row_before = before.row + sequence, initial = sequence * p_.H + unit_;
+      const int64_t row_before = before.row + sequence, initial = given(sequence);
       const bool reset = resets_ >> b & 1;
       const bool begins = reset || sequence >= before.active;
       Saved& saved = saved_[i];
@@ -108,13 +109,13 @@ class BackwardUnits {
     });
   }
 
-  // From the gradient of h to those of the pre-activations, in the pass that begins with `first`,
-  // whose state is that of number in_state. What reaches the h before without W_hh stays in dh.
+  // From the gradient of h to those of the pre-activations, in the pass that begins with `first`.
+  // What reaches the h before without W_hh stays in dh.
   // put_too(b, group, gradient): what else becomes of those that a group of the product multiplies.
   template <class Put>
-  __device__ __forceinline__ void differentiate(Step now, int first, int in_state, Put put_too) {
+  __device__ __forceinline__ void differentiate(Step now, int first, Put put_too) {
     Owned::for_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int i, int b) {
-      const int sequence = first + b, in_block = (in_state + b) * kUnits + Owned::unit();
+      const int sequence = first + b, in_block = sequence * kUnits + Owned::unit();
       const Saved& saved = saved_[i];
       T* const grads = grad_gates(now.row + sequence) + unit_;
       const auto put = [&](int gate, float grad) {
@@ -171,10 +172,9 @@ class BackwardUnits {
 
   // Adds what W_hh gives the h before. sum_of(b): of the pass's sequence.
   template <class Sum>
-  __device__ __forceinline__ void add_product(Step now, Resets resets, int first, int in_state,
-                                              Sum sum_of) {
+  __device__ __forceinline__ void add_product(Step now, Resets resets, int first, Sum sum_of) {
     Owned::for_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int, int b) {
-      float& dh = dh_[(in_state + b) * kUnits + Owned::unit()];
+      float& dh = dh_[(first + b) * kUnits + Owned::unit()];
       dh = clip(dh + sum_of(b), p_.options.f32.grad_clip);
       if (resets >> b & 1) end_at_reset(dir_.grad_reset_h, first + b, dh);
     });
@@ -206,10 +206,15 @@ class BackwardUnits {
       static_cast<T*>(grad_0)[i] = static_cast<T>(gradient);
   }
 
+  // Of the thread's unit in a state [B, H] that the caller gave, or its gradient.
+  __device__ int64_t given(int sequence) const {
+    return int64_t{slice_.begin() + sequence} * p_.H + unit_;
+  }
+
   // Hands what reaches the state before a step over to the reset state. Of this unit and sequence
   // no other thread adds.
   __device__ __forceinline__ void end_at_reset(void* sums, int sequence, float& gradient) const {
-    static_cast<float*>(sums)[sequence * p_.H + unit_] += gradient;
+    static_cast<float*>(sums)[given(sequence)] += gradient;
     gradient = 0;
   }
 
@@ -217,6 +222,7 @@ class BackwardUnits {
   const BackwardParams& p_;
   const int direction_;
   const BackwardDirection& dir_;
+  const Slice slice_;
   const int tile_;
   const int first_unit_;  // of the block
   const int unit_;        // the thread's own
@@ -239,16 +245,17 @@ class ExchangedBackwardUnits
  protected:
   using typename Units::T;
   using Units::p_;
+  using Units::slice_;
   using Units::tile_;
 
   // state: behind it is what is staged.
   __device__ __forceinline__ ExchangedBackwardUnits(const BackwardParams& p, const Launch& launch,
-                                                    float* state)
-      : Units(p, launch.direction(), blockIdx.x, launch.batch_tile, state, Slice(launch, p).size()),
-        slice_(launch, p),
-        exchange_(p, launch, this->first_unit_,
+                                                    bool handoff, float* state)
+      : Units(p, launch.direction(), launch.slice_of(p), blockIdx.x, launch.batch_tile, state,
+              launch.slice_of(p).size()),
+        exchange_(p, launch, handoff, this->first_unit_,
                   reinterpret_cast<T*>(this->behind_state(slice_.size()))) {
-    this->begin_state(slice_.begin, slice_.size());
+    this->begin_state();
   }
 
   // The gradients of a step's gates, to all blocks and from them. What the next step needs of the
@@ -258,24 +265,22 @@ class ExchangedBackwardUnits
                                                            Step next, Step after,
                                                            gpu::GridBarrier& barrier) {
     const auto resets = this->resets();
-    for (int first = slice_.begin; first < now.active; first += tile_) {
-      if (first > slice_.begin) {
+    for (int first = 0; first < now.active; first += tile_) {
+      if (first > 0) {
         __syncthreads();  // what was staged has been published
         this->load_saved(now, next, first);
       }
-      this->differentiate(now, first, first - slice_.begin, [&](int b, int group, T gradient) {
-        exchange_.stage(b, group, gradient);
-      });
+      this->differentiate(
+          now, first, [&](int b, int group, T gradient) { exchange_.stage(b, group, gradient); });
       __syncthreads();
       exchange_.publish(exchange_.slot_of(i), first, pass_size(now.active, first, tile_));
     }
     exchange_.announce(i, barrier);
-    if (!last) this->load_saved(next, after, slice_.begin);
+    if (!last) this->load_saved(next, after, 0);
     exchange_.await(i, barrier);
     return resets;
   }
 
-  const Slice slice_;
   const Exchange<T, gate_count(kCell), kUnits, 0> exchange_;
 };
 
@@ -297,7 +302,7 @@ class Backward : ExchangedBackwardUnits<Policy, kCell, kBlocks> {
  public:
   // shared: [plan.shared_bytes]
   __device__ __forceinline__ Backward(const BackwardParams& p, const Launch& launch, float* shared)
-      : Units(p, launch, shared + kSumWarps * launch.batch_tile * kPitch),
+      : Units(p, launch, launch.handoff, shared + kSumWarps * launch.batch_tile * kPitch),
         sums_(shared),
         product_(make_product<BlockProduct>(
             static_cast<int>(p.H), exchange_.behind_staged(), launch.shared_octets,
@@ -311,19 +316,19 @@ class Backward : ExchangedBackwardUnits<Policy, kCell, kBlocks> {
   __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
     const bool down = direction_ == 0;
     const auto [begin, end] = p_.steps();
-    Step now = slice_.step_at(p_, down, begin), next = slice_.step_at(p_, down, begin + 1);
-    this->load_saved(now, next, slice_.begin);
+    Step now = slice_.step_at(down, begin), next = slice_.step_at(down, begin + 1);
+    this->load_saved(now, next, 0);
     for (int64_t s = begin; s < end; ++s) {
-      const Step after = slice_.step_at(p_, down, s + 2);
+      const Step after = slice_.step_at(down, s + 2);
       auto resets = this->exchange(s - begin, s + 1 == end, now, next, after, barrier);
-      for (int first = slice_.begin; first < now.active; first += tile_) {
-        if (first > slice_.begin) {
+      for (int first = 0; first < now.active; first += tile_) {
+        if (first > 0) {
           __syncthreads();  // the sums of the pass before have been read
           resets = this->resets(now, next, first);
         }
         multiply(exchange_.slot_of(s - begin), now, first);
         __syncthreads();
-        this->add_product(now, resets, first, first - slice_.begin, [&](int b) {
+        this->add_product(now, resets, first, [&](int b) {
           float sums[1] = {};
           add_sums<kSumWarps>(sums_, tile_, kPitch, b, Owned::unit(), sums);
           return sums[0];
@@ -332,7 +337,7 @@ class Backward : ExchangedBackwardUnits<Policy, kCell, kBlocks> {
       now = next;
       next = after;
     }
-    this->end_state(slice_.begin, slice_.size());
+    this->end_state();
   }
 
  private:

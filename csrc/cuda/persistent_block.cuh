@@ -24,6 +24,26 @@ __device__ inline Step step_at(const LayerShape& shape, bool down, int64_t s) {
   return {static_cast<int>(shape.active(t)), shape.row(t)};
 }
 
+// The sequences of the batch that a block runs: slice blockIdx.z of `most` sequences. All that it
+// has is counted from the first of these on. Reckoned from the kernel's parameters each time, which
+// costs no register in a loop: shape and `most` must be (part of) __grid_constant__ ones.
+class Slice {
+ public:
+  __device__ Slice(const LayerShape& shape, const int& most) : shape_(shape), most_(most) {}
+
+  __device__ int begin() const { return static_cast<int>(blockIdx.z) * most_; }
+  __device__ int size() const { return min(most_, static_cast<int>(shape_.B) - begin()); }
+  // Its `active` may be 0.
+  __device__ Step step_at(bool down, int64_t s) const {
+    const Step step = persistent::step_at(shape_, down, s);
+    return {min(max(step.active - begin(), 0), size()), step.row + begin()};
+  }
+
+ private:
+  const LayerShape& shape_;
+  const int& most_;
+};
+
 // How a launch runs, as its plan has it.
 struct Launch {
   int first_direction;
@@ -34,22 +54,7 @@ struct Launch {
   void* workspace;
 
   __device__ int direction() const { return first_direction + static_cast<int>(blockIdx.y); }
-};
-
-// The sequences of the batch that a block runs.
-struct Slice {
-  int begin, end;
-
-  __device__ Slice(const Launch& launch, const LayerShape& shape)
-      : begin(static_cast<int>(blockIdx.z) * launch.slice),
-        end(min(begin + launch.slice, static_cast<int>(shape.B))) {}
-
-  __device__ int size() const { return end - begin; }
-  // With no others' sequences behind its own. They may all be others'.
-  __device__ Step step_at(const LayerShape& shape, bool down, int64_t s) const {
-    const Step step = persistent::step_at(shape, down, s);
-    return {min(step.active, end), step.row};
-  }
+  __device__ Slice slice_of(const LayerShape& shape) const { return {shape, slice}; }
 };
 
 // A bit for each sequence of a pass.

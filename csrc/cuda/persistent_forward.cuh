@@ -2,8 +2,8 @@
 //
 // Each block owns hidden units of one direction. Their rows of W_hh stay in registers, and in
 // shared memory what registers have no room for, as does c (large blocks: streamed_product.cuh); h
-// goes from block to block through device memory (L2), with one barrier of the direction's blocks a
-// step, or by hand-off (exchange.cuh).
+// goes from block to block through device memory (L2), with one barrier a step of the blocks of a
+// direction and slice of the batch, or by hand-off (exchange.cuh).
 //
 // What a step costs: every SM reads all of h from L2, B * H * 2 bytes at 64 bytes a clock (B = 32,
 // H = 1024: 64 KiB, 0.6 us at 1.75 GHz; 1.5 us if L2 gives 128 SMs no more than 3100), and h
@@ -36,11 +36,12 @@ class ForwardUnits {
   static constexpr bool kGru = kCell == Cell::gru;
 
   // block: of the direction's units. shared: sums, biases and the state, which comes last.
-  __device__ __forceinline__ ForwardUnits(const ForwardParams& p, int direction, int block,
-                                          int tile, float* shared)
+  __device__ __forceinline__ ForwardUnits(const ForwardParams& p, int direction, Slice slice,
+                                          int block, int tile, float* shared)
       : p_(p),
         direction_(direction),
         dir_(p.direction[direction]),
+        slice_(slice),
         tile_(tile),
         first_unit_(block * kUnits),
         unit_(first_unit_ + Owned::unit()),
@@ -64,13 +65,17 @@ class ForwardUnits {
                       weights + (gate * p_.H + unit) * p_.H + k, static_cast<int>(p_.H) - k);
   }
 
-  // c, or h of a GRU, of the sequences from `first` on.
-  __device__ __forceinline__ void begin_state(int64_t first, int64_t count) {
+  // c, or h of a GRU.
+  __device__ __forceinline__ void begin_state() {
     if constexpr (kLstm || kGru)
-      Owned::for_all_sequences(owns() ? count : 0, tile_, [&](int b) {
-        state_[b * kUnits + Owned::unit()] =
-            value_or_zero<T>(kLstm ? dir_.c0 : dir_.h0, (first + b) * p_.H + unit_);
+      Owned::for_all_sequences(owns() ? slice_.size() : 0, tile_, [&](int b) {
+        state_[b * kUnits + Owned::unit()] = value_or_zero<T>(kLstm ? dir_.c0 : dir_.h0, given(b));
       });
+  }
+
+  // Of the thread's unit in a state [B, H] that the caller gave, or wants.
+  __device__ int64_t given(int sequence) const {
+    return int64_t{slice_.begin() + sequence} * p_.H + unit_;
   }
 
   __device__ bool owns() const { return unit_ < p_.H; }
@@ -88,16 +93,15 @@ class ForwardUnits {
     });
   }
 
-  // The gates of the pass that begins with `first`, whose state is that of number `in_state`.
-  // put(b, h): what else becomes of h.
+  // The gates of the pass that begins with `first`. put(b, h): what else becomes of h.
   template <class Put>
-  __device__ __forceinline__ void activate(Step now, Step next, int first, int in_state, Put put) {
+  __device__ __forceinline__ void activate(Step now, Step next, int first, Put put) {
     Owned::for_sequences(owns() ? pass_size(now.active, first, tile_) : 0, [&](int i, int b) {
       const int sequence = first + b;
       const int64_t row = now.row + sequence;
-      float* const state = state_ + (in_state + b) * kUnits + Owned::unit();
+      float* const state = state_ + sequence * kUnits + Owned::unit();
       if ((kLstm || kGru) && was_reset(b))
-        *state = value_or_zero<T>(kLstm ? dir_.reset_c : dir_.reset_h, sequence * p_.H + unit_);
+        *state = value_or_zero<T>(kLstm ? dir_.reset_c : dir_.reset_h, given(sequence));
       float sums[G] = {};
       add_sums<kSumWarps>(sums_, tile_, kPitch, b, Owned::unit(), sums);
       float h;
@@ -111,7 +115,7 @@ class ForwardUnits {
         if (p_.save_gates) save(row, a.i, a.f, a.g, a.o);
         if (dir_.cells) static_cast<float*>(dir_.cells)[row * p_.H + unit_] = after.c;
         if (sequence >= next.active)
-          static_cast<T*>(dir_.c_n)[sequence * p_.H + unit_] = static_cast<T>(after.c);
+          static_cast<T*>(dir_.c_n)[given(sequence)] = static_cast<T>(after.c);
       } else if constexpr (kGru) {
         GruGates<float> a = {x_[i][0] + bias(0) + sums[0], x_[i][1] + bias(1) + sums[1],
                              x_[i][2] + bias(2), sums[2] + bias(3)};
@@ -126,8 +130,7 @@ class ForwardUnits {
       static_cast<T*>(dir_.output)[row * p_.output_stride + unit_] = static_cast<T>(h);
       put(b, static_cast<T>(h));
       // The sequence's last step.
-      if (sequence >= next.active)
-        static_cast<T*>(dir_.h_n)[sequence * p_.H + unit_] = static_cast<T>(h);
+      if (sequence >= next.active) static_cast<T*>(dir_.h_n)[given(sequence)] = static_cast<T>(h);
     });
   }
 
@@ -163,6 +166,7 @@ class ForwardUnits {
   const ForwardParams& p_;
   const int direction_;
   const ForwardDirection& dir_;
+  const Slice slice_;
   const int tile_;
   const int first_unit_;  // of the block
   const int unit_;        // the thread's own
@@ -189,44 +193,43 @@ class Forward : ExchangedForwardUnits<Policy, kCell, kBlocks> {
   using Units::dir_;
   using Units::direction_;
   using Units::p_;
+  using Units::slice_;
   using Units::tile_;
 
  public:
   // shared: [plan.shared_bytes]
   __device__ __forceinline__ Forward(const ForwardParams& p, const Launch& launch, float* shared)
-      : Units(p, launch.direction(), blockIdx.x, launch.batch_tile, shared),
-        slice_(launch, p),
-        exchange_(p, launch, this->first_unit_,
+      : Units(p, launch.direction(), launch.slice_of(p), blockIdx.x, launch.batch_tile, shared),
+        exchange_(p, launch, launch.handoff, this->first_unit_,
                   reinterpret_cast<T*>(this->behind_state(slice_.size()))),
         product_(make_product<BlockProduct>(
             static_cast<int>(p.H), exchange_.behind_staged(), launch.shared_octets,
             exchange_.behind_slots(),
             [&](int gate, int, int unit, int k) { return this->load_weights(gate, unit, k); })) {
-    this->begin_state(slice_.begin, slice_.size());
+    this->begin_state();
     publish_state(kInitialSlot, dir_.h0);
     if (p.resets) publish_state(kResetSlot, dir_.reset_h);
   }
 
   __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
     const bool down = direction_ == 1;
-    Step before = {0, 0}, now = slice_.step_at(p_, down, 0);
+    Step before = {0, 0}, now = slice_.step_at(down, 0);
     barrier.arrive();
-    this->load_input(now, before, slice_.begin);
+    this->load_input(now, before, 0);
     barrier.wait();
     for (int64_t s = 0; s < p_.T; ++s) {
-      const Step next = slice_.step_at(p_, down, s + 1);
-      for (int first = slice_.begin; first < now.active; first += tile_) {
-        if (first > slice_.begin) this->load_input(now, before, first);
+      const Step next = slice_.step_at(down, s + 1);
+      for (int first = 0; first < now.active; first += tile_) {
+        if (first > 0) this->load_input(now, before, first);
         multiply(s, before, now, first);
         __syncthreads();
-        this->activate(now, next, first, first - slice_.begin,
-                       [&](int b, T h) { exchange_.stage(b, 0, h); });
+        this->activate(now, next, first, [&](int b, T h) { exchange_.stage(b, 0, h); });
         __syncthreads();  // and the sums have been read
         exchange_.publish(exchange_.slot_of(s), first, pass_size(now.active, first, tile_));
       }
       if (s + 1 == p_.T) break;
       exchange_.announce(s, barrier);
-      this->load_input(next, now, slice_.begin);
+      this->load_input(next, now, 0);
       exchange_.await(s, barrier);
       before = now;
       now = next;
@@ -236,10 +239,10 @@ class Forward : ExchangedForwardUnits<Policy, kCell, kBlocks> {
  private:
   // The block's units of a state that is given, for all blocks.
   __device__ __forceinline__ void publish_state(int slot, const void* state) {
-    for (int first = slice_.begin; first < slice_.end; first += tile_) {
-      const int count = pass_size(slice_.end, first, tile_);
+    for (int first = 0; first < slice_.size(); first += tile_) {
+      const int count = pass_size(slice_.size(), first, tile_);
       Owned::for_sequences(this->owns() ? count : 0, [&](int, int b) {
-        exchange_.stage(b, 0, static_cast<const T*>(state)[(first + b) * p_.H + this->unit_]);
+        exchange_.stage(b, 0, static_cast<const T*>(state)[this->given(first + b)]);
       });
       __syncthreads();
       exchange_.publish(slot, first, count);
@@ -263,7 +266,6 @@ class Forward : ExchangedForwardUnits<Policy, kCell, kBlocks> {
         tile_, this->sums_, exchange_.handoff());
   }
 
-  const Slice slice_;
   const Exchange<T, 1, units_of(kBlocks), kGivenSlots> exchange_;
   const BlockProduct product_;
 };

@@ -38,7 +38,7 @@ int64_t shared_bytes(const LayerShape& s, const CudaPlan& plan, int64_t element_
   const int64_t state = state_count(s.cell, backward) * plan.slice * units;
   const int64_t biases = backward ? 0 : saved_count(s.cell) * units;
   const int64_t in_shared = units == kLargeUnits ? 0 : plan.k_blocks - plan.register_blocks;
-  const int64_t weights = in_shared * kBlock * gates * units * element_bytes;
+  const int64_t weights = in_shared * kKBlock * gates * units * element_bytes;
   const int64_t staged = int64_t{tile} * groups_of(s.cell, backward) * units * element_bytes;
   return (sums + parts + biases + state) * static_cast<int64_t>(sizeof(float)) + staged + weights;
 }
@@ -75,9 +75,9 @@ void keep_octets(const LayerShape& s, CudaPlan& plan, int64_t element_bytes, boo
 }
 
 // A plan for blocks of `units` in so many launches, in clusters of so many blocks, which divide K
-// among them; stepwise where the GPU has no room for it.
+// among them, for at most so many slices; stepwise where the GPU has no room for it.
 CudaPlan plan_persistent(const LayerShape& s, Precision precision, const GpuProperties& gpu,
-                         bool backward, int units, int launches, int cluster) {
+                         bool backward, int units, int launches, int cluster, int64_t max_slices) {
   using namespace persistent;
   const int element_bytes = s.dtype == DType::f32 ? 4 : 2;
   CudaPlan plan;
@@ -96,13 +96,13 @@ CudaPlan plan_persistent(const LayerShape& s, Precision precision, const GpuProp
   plan.cluster = cluster;
   plan.blocks = round_up((s.H + units - 1) / units, cluster) * s.directions / launches;
 
-  // As many slices as there are SMs for.
+  // As many slices as there are SMs for, if a product takes less time for one; all alike.
   const int64_t sms = cluster > 1 ? resident_clusters(gpu, cluster) * cluster : gpu.sm_count;
-  const int64_t slices = std::clamp<int64_t>(sms / plan.blocks, 1, kMaxSlices);
-  const int64_t batch = std::max<int64_t>(s.B, 1);
-  plan.slice = std::min(
-      batch, round_up((batch + slices - 1) / slices, sequences_of_product(s.dtype, precision)));
-  plan.blocks *= (batch + plan.slice - 1) / plan.slice;
+  const int64_t slices = std::clamp<int64_t>(sms / plan.blocks, 1, max_slices);
+  const auto slice_of = [&](int64_t count) { return (s.B + count - 1) / count; };
+  const int64_t whole = round_up(slice_of(slices), sequences_of_product(s.dtype, precision));
+  plan.slice = s.B > 0 ? slice_of((s.B + whole - 1) / whole) : 0;
+  plan.blocks *= slice_count(plan, s);
 
   // The launch bounds promise these registers, in whole warps of 8 registers a thread.
   const int64_t by_registers =
@@ -159,9 +159,10 @@ CudaPlan plan_cluster(const LayerShape& s, const GpuProperties& gpu, bool backwa
   if (s.H > largest)
     return stepwise("a cluster holds the weights of H up to " + text(largest) + ", got " +
                     text(s.H));
-  if (s.B > kMaxSequences)
-    return stepwise("a block counts sequences in 32 bits, B up to " + text(kMaxSequences) +
-                    ", got " + text(s.B));
+  constexpr int64_t kMost = int64_t{kMaxClusterSlices} * kMinBatchTile;
+  if (s.B > kMost)
+    return stepwise("a launch has at most " + text(kMaxClusterSlices) +
+                    " slices of the batch, B up to " + text(kMost) + ", got " + text(s.B));
   plan.family = Family::cluster;
   plan.warps = kWarps;
   plan.launches = 1;
@@ -209,8 +210,8 @@ CudaPlan plan_cuda(const LayerShape& s, Precision precision, const GpuProperties
   const bool split = forced == Family::split;
   if (const std::string why = obstacle(s, gpu, split ? 90 : 80); !why.empty()) return stepwise(why);
   if (split && gate_count(s.cell) == 1) return stepwise("one gate is nothing to divide");
-  constexpr int64_t kMaxNarrow = int64_t{kMaxNarrowBlocks} * kBlock;
-  constexpr int64_t kMaxWide = int64_t{kWideBlocks} * kBlock;
+  constexpr int64_t kMaxNarrow = int64_t{kMaxNarrowBlocks} * kKBlock;
+  constexpr int64_t kMaxWide = int64_t{kWideBlocks} * kKBlock;
   const bool exact = s.dtype == DType::f32 && precision == Precision::exact;
   const bool large = !exact && (!forced || forced == Family::persistent);
   if (s.H > kMaxWide && !large)
@@ -236,17 +237,20 @@ CudaPlan plan_cuda(const LayerShape& s, Precision precision, const GpuProperties
         (units == kWide && s.H > kMaxWide) ||
         (units == kLargeUnits && (!large || best.family != Family::stepwise)))
       continue;
-    CudaPlan plan = plan_persistent(s, precision, gpu, backward, units, launches,
-                                    split && backward ? gate_count(s.cell) : 1);
-    if (forced && plan.family == Family::persistent) plan.family = *forced;
-    const bool runs = plan.family != Family::stepwise;
-    if (runs && forced) return plan;
-    const double its = runs ? predict_step(s, precision, gpu, plan, backward).total() : 0;
-    const bool first = best.family == Family::stepwise;
-    if (runs ? first || its < cost : first) {
-      best = plan;
-      cost = its;
+    // A slice costs its blocks' own copy of what they read of the weights in each step.
+    for (const int64_t max_slices : {1, kMaxSlices}) {
+      CudaPlan plan = plan_persistent(s, precision, gpu, backward, units, launches,
+                                      split && backward ? gate_count(s.cell) : 1, max_slices);
+      const bool runs = plan.family != Family::stepwise;
+      if (runs && forced) plan.family = *forced;
+      const double its = runs ? predict_step(s, precision, gpu, plan, backward).total() : 0;
+      const bool first = best.family == Family::stepwise;
+      if (runs ? first || its < cost : first) {
+        best = plan;
+        cost = its;
+      }
     }
+    if (forced && best.family != Family::stepwise) return best;
   }
   const double other = predict_step(s, precision, gpu, {}, backward).total();
   if (!forced && best.family != Family::stepwise && cost > other)

@@ -66,10 +66,10 @@ namespace persistent {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kRun = 32;               // consecutive values of h that a warp multiplies at a time
-constexpr int kBlock = kWarps * kRun;  // values of h in a k-block
+constexpr int kRun = 32;                // consecutive values of h that a warp multiplies at a time
+constexpr int kKBlock = kWarps * kRun;  // values of h in a k-block
 RNN_FUSED_HD constexpr int k_blocks_of(int64_t H) {
-  return static_cast<int>((H + kBlock - 1) / kBlock);
+  return static_cast<int>((H + kKBlock - 1) / kKBlock);
 }
 
 // What a step multiplies: forward h, for a sum of each gate; backward the gradients of all gates,
@@ -95,7 +95,7 @@ constexpr int kLargeUnits = units_of(kAnyBlocks);
 
 // Bytes of an octet in a block: of its eight units, those of all warps.
 RNN_FUSED_HD constexpr int64_t octet_bytes(int columns, int64_t element_bytes) {
-  return int64_t{8} * kBlock * columns * element_bytes;
+  return int64_t{8} * kKBlock * columns * element_bytes;
 }
 RNN_FUSED_HD constexpr int large_octets(int64_t H, int groups) {
   return k_blocks_of(H) * groups * kLargeUnits / 8;
@@ -124,6 +124,8 @@ constexpr int sequences_of_product(DType dtype, Precision precision) {
 
 // Each has a barrier in each direction.
 constexpr int kMaxSlices = 16;
+// Of clusters: blocks of a grid in z.
+constexpr int kMaxClusterSlices = 65535;
 
 // Warps whose sums of the product are in shared memory: in large blocks the others add theirs.
 RNN_FUSED_HD constexpr int sum_warps(int k_blocks) {

@@ -99,7 +99,7 @@ struct Model {
     if (plan.units == persistent::kLargeUnits)
       add_octets(cost, rows);
     else
-      cost.shared += weights(rows, persistent::kBlock) / kShared;
+      cost.shared += weights(rows, persistent::kKBlock) / kShared;
     if (plan.cluster > 1) {
       cost.waits += kClusterTrip * kClock * (round_up(rows, plan.batch_tile) / plan.batch_tile);
       cost.traffic += rows * plan.units * plan.cluster * 4 / kOtherSm;

@@ -32,7 +32,7 @@ class SplitBackward : ExchangedBackwardUnits<Policy, kCell, kBlocks> {
   // shared: [plan.shared_bytes]. full: [2] mbarriers.
   __device__ __forceinline__ SplitBackward(const BackwardParams& p, const Launch& launch,
                                            float* shared, uint64_t* full)
-      : Units(p, launch, shared + (kWarps * kPitch + 2 * kOfCluster) * launch.batch_tile),
+      : Units(p, launch, false, shared + (kWarps * kPitch + 2 * kOfCluster) * launch.batch_tile),
         sums_(shared),
         parts_(tile_, shared + kWarps * kPitch * tile_, full),
         gate_(gpu::cluster_rank()),
@@ -49,18 +49,18 @@ class SplitBackward : ExchangedBackwardUnits<Policy, kCell, kBlocks> {
   __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
     const bool down = direction_ == 0;
     const auto [begin, end] = p_.steps();
-    Step now = slice_.step_at(p_, down, begin), next = slice_.step_at(p_, down, begin + 1);
+    Step now = slice_.step_at(down, begin), next = slice_.step_at(down, begin + 1);
     // Everybody's transactions can be counted.
     gpu::cluster_arrive();
-    this->load_saved(now, next, slice_.begin);
+    this->load_saved(now, next, 0);
     gpu::cluster_wait();
     uint32_t pass = 0;  // of all steps: it sends by buffer pass % 2, the (pass / 2)-th transaction
     for (int64_t s = begin; s < end; ++s) {
-      const Step after = slice_.step_at(p_, down, s + 2);
+      const Step after = slice_.step_at(down, s + 2);
       auto resets = this->exchange(s - begin, s + 1 == end, now, next, after, barrier);
-      for (int first = slice_.begin; first < now.active; first += tile_, ++pass) {
+      for (int first = 0; first < now.active; first += tile_, ++pass) {
         const int buffer = pass % 2, rows = pass_size(now.active, first, tile_);
-        if (first > slice_.begin) {
+        if (first > 0) {
           __syncthreads();  // the sums of the pass before have been sent
           resets = this->resets(now, next, first);
         }
@@ -71,13 +71,12 @@ class SplitBackward : ExchangedBackwardUnits<Policy, kCell, kBlocks> {
         if (threadIdx.x == 0) parts_.expect(buffer, rows);
         send(buffer, rows);
         parts_.wait(buffer, pass / 2);
-        this->add_product(now, resets, first, first - slice_.begin,
-                          [&](int b) { return parts_.sum(buffer, b); });
+        this->add_product(now, resets, first, [&](int b) { return parts_.sum(buffer, b); });
       }
       now = next;
       next = after;
     }
-    this->end_state(slice_.begin, slice_.size());
+    this->end_state();
     gpu::cluster_arrive();
     gpu::cluster_wait();
   }

@@ -346,6 +346,26 @@ __global__ void store_not_awaited(Params p) {
 template <bool bug>
 __global__ void store_too_early(Params p) {
   RNN_FUSED_SHARED(float, values, [kThreads]);
+  RNN_FUSED_SHARED(uint64_t, full, [2]);
+  begin_transactions(&full[0], kBytes);
+  begin_transactions(&full[1], kBytes);
+  send_all(p, values, &full[0]);
+  gpu::wait_for_phase(&full[0], 0);
+  const float value = values[kThreads - 1 - threadIdx.x];
+  if (!bug) gpu::cluster_arrive();
+  if (!bug) gpu::cluster_wait();
+  send_all(p, values, &full[1]);
+  gpu::wait_for_phase(&full[1], 0);
+  p.out[global_index()] = (value + values[kThreads - 1 - threadIdx.x]) / 2;
+  gpu::cluster_arrive();
+  gpu::cluster_wait();
+}
+
+// They are sent while the other block may still wait for the last ones, at the same barrier: two of
+// its phases may be over before anybody there looks.
+template <bool bug>
+__global__ void phases_mixed(Params p) {
+  RNN_FUSED_SHARED(float, values, [kThreads]);
   RNN_FUSED_SHARED(uint64_t, full, [1]);
   begin_transactions(full, kBytes);
   send_all(p, values, full);
@@ -425,6 +445,7 @@ constexpr Bug kBugs[] = {
     {KERNELS(barrier_made_late), Launch::cluster, true},
     {KERNELS(store_not_awaited), Launch::cluster, true},
     {KERNELS(store_too_early), Launch::cluster, true},
+    {KERNELS(phases_mixed), Launch::cluster, true},
     {KERNELS(too_many_bytes), Launch::cluster, true},
     {KERNELS(nobody_waits), Launch::cluster, true},
 };

@@ -257,7 +257,7 @@ TEST_CASE("blocks that divide the gates equal the CPU core") {
 }
 #endif
 
-// Each in several passes; of a ragged batch the last has no sequence in most timesteps.
+// Each in several passes. In the last timesteps of a ragged batch the last slices have no sequence.
 TEST_CASE("slices of the batch equal the CPU core") {
   uint64_t seed = 0;
   for (Family family : {Family::persistent, Family::handoff, Family::split})
@@ -272,7 +272,7 @@ TEST_CASE("slices of the batch equal the CPU core") {
       REQUIRE(plan.batch_tile < plan.slice);
       REQUIRE(plan.slice < c.B);
       check_case(c, ++seed);
-      if (kSanitized) break;
+      if (kSanitized && family != Family::handoff) break;
     }
 }
 

@@ -42,7 +42,7 @@ struct Error : std::runtime_error {
   explicit Error(const Part&... parts) : std::runtime_error(text(parts...)) {}
 };
 
-// In which order the threads run: 0 is round robin, any other seed an order of its own.
+// In which order the threads run: with 0 always the same, with any other seed one of its own.
 void set_seed(uint64_t seed);
 
 // Which blocks of a launch run at the same time: all, or those of a cluster, so many neighbours in
@@ -97,10 +97,11 @@ void expect_bytes(const void* barrier, size_t bytes, Place place);
 void send(const void* barrier, void* to, const void* bytes, Place place);
 bool phase_ended(const void* barrier, unsigned parity, Place place);
 
-// Lets the others run before this thread goes on.
+// Lets those that can run do so before this thread goes on.
 void pause();
 
-// The same, waiting for something. Where all threads do nothing else, the run ends with an Error.
+// Waits for something: goes on when others cannot, or sometimes before. Where all threads do
+// nothing else, the run ends with an Error.
 void spin(Place place);
 
 // Something changed that a spinning thread may wait for.

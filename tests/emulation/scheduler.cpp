@@ -172,7 +172,7 @@ uint3 unravel(size_t i, dim3 extent) {
 
 size_t volume(dim3 extent) { return size_t{extent.x} * extent.y * extent.z; }
 
-// They end at different lines of their pages: at the same, all would share a few sets of the cache.
+// They end at different lines of their pages: else all would share a few sets of the cache.
 size_t stack_bytes(size_t slot) {
   constexpr size_t kLine = 64, kLines = 4096 / kLine;
   return kStackBytes - slot % kLines * kLine;
@@ -205,8 +205,8 @@ class Stacks {
   size_t bytes_;
 };
 
-// Those of a launch, kept for the next ones, whose pages are then there. Not for ThreadSanitizer, to
-// which the old owner of an address and the new one would be two threads that race.
+// Those of a launch, kept for the next ones, whose pages are then there. Not under ThreadSanitizer,
+// to which the old owner of an address and the new one would be two threads that race.
 std::shared_ptr<Stacks> stacks_of(size_t count) {
   static std::shared_ptr<Stacks> kept;
 #ifdef RNN_FUSED_EMULATION_TSAN
