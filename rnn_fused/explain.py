@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -65,7 +66,8 @@ def explain(module: RNNBase | Frozen, T: int, B: int, *, device: str | Gpu | Non
         A few lines of text. Not a format to parse.
 
     Raises:
-        TypeError: the module is no RNNBase or Frozen, or its dtype has no kernels.
+        TypeError: the module is no RNNBase or Frozen, its dtype has no kernels, or T or B is no
+            integer.
         ValueError: T or B is below 1, or the device is unknown.
         RuntimeError: "cuda" without a CUDA device.
     """
@@ -74,12 +76,15 @@ def explain(module: RNNBase | Frozen, T: int, B: int, *, device: str | Gpu | Non
         module = module._module
     if not isinstance(module, RNNBase):
         raise TypeError(f"explain needs an LSTM, GRU or RNN, got {type(module).__name__}")
+    T, B = operator.index(T), operator.index(B)
     if T < 1 or B < 1:
         raise ValueError(f"T and B must be at least 1, got T={T}, B={B}")
     weight: Tensor = module.weight_hh_l0  # type: ignore[assignment]
     if weight.dtype not in DTYPES:
         raise TypeError(f"there are no kernels for {weight.dtype}")
     where = weight.device.type if device is None else device
+    if where == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError('explain on "cuda" needs a CUDA device: name a GPU, such as "H100"')
 
     layers = f"{module.num_layers} layer{'s' if module.num_layers > 1 else ''}"
     both = ", bidirectional" if module.bidirectional else ""
@@ -191,7 +196,7 @@ def _how(plan: dict[str, Any], tf32: bool) -> str:
     shared = f"{plan['shared_bytes']} bytes of shared memory{', TF32' * tf32}"
     if plan["family"] == "cluster":
         return (
-            f"cluster: {plan['blocks'] // plan['cluster']} of {plan['cluster']} blocks of "
+            f"cluster: {plan['blocks'] // plan['cluster']} clusters of {plan['cluster']} blocks of "
             f"{plan['units']} hidden units, {weights}, {plan['batch_tile']} sequences each, "
             f"{shared}"
         )

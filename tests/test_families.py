@@ -68,7 +68,9 @@ def test_explains_clusters() -> None:
     with rnn_fused.kernels("cluster"):
         text = rnn_fused.explain(layer, T=10, B=300, device="H100")
         for how in ("forward: cluster", "backward: cluster"):
-            assert f"{how}: 20 of 13 blocks of 16 hidden units, weights in registers (8 w" in text
+            assert (
+                f"{how}: 20 clusters of 13 blocks of 16 hidden units, weights in registers" in text
+            )
         assert text.count(" 2 runs each), 32 sequences each, ") == 2
         text = rnn_fused.explain(layer, T=10, B=16, device="A100")
         assert text.count("cluster cannot run it: compute capability at least 90 is needed") == 2
@@ -102,8 +104,17 @@ def test_explains_what_runs_on_an_old_gpu() -> None:
     assert text.endswith("on T4: torch's own op, the GPU is too old (sm_75)")
 
 
+def test_explain_needs_whole_numbers_and_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+        rnn_fused.explain(rnn_fused.GRU(8, 32), 10, 2.5)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match='needs a CUDA device: name a GPU, such as "H100"'):
+        rnn_fused.explain(rnn_fused.GRU(8, 32), 10, 8, device="cuda")
+
+
 def test_explains_a_device_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "has_kernels", lambda *_: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     text = rnn_fused.explain(rnn_fused.GRU(8, 32), 10, 8, device="cuda")
     assert text.endswith("torch's own op, since this build has no code for the device")
 

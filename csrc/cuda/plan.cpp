@@ -96,12 +96,12 @@ CudaPlan plan_persistent(const LayerShape& s, Precision precision, const GpuProp
   plan.cluster = cluster;
   plan.blocks = round_up((s.H + units - 1) / units, cluster) * s.directions / launches;
 
-  // As many slices as there are SMs for, if a product takes less time for one; all alike.
+  // As many slices as there are SMs for, but no more than a product has tiles; all alike.
   const int64_t sms = cluster > 1 ? resident_clusters(gpu, cluster) * cluster : gpu.sm_count;
-  const int64_t slices = std::clamp<int64_t>(sms / plan.blocks, 1, max_slices);
-  const auto slice_of = [&](int64_t count) { return (s.B + count - 1) / count; };
-  const int64_t whole = round_up(slice_of(slices), sequences_of_product(s.dtype, precision));
-  plan.slice = s.B > 0 ? slice_of((s.B + whole - 1) / whole) : 0;
+  const int64_t least = sequences_of_product(s.dtype, precision);
+  const int64_t slices =
+      std::clamp<int64_t>(std::min(sms / plan.blocks, (s.B + least - 1) / least), 1, max_slices);
+  plan.slice = (s.B + slices - 1) / slices;
   plan.blocks *= slice_count(plan, s);
 
   // The launch bounds promise these registers, in whole warps of 8 registers a thread.

@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m rnn_fused.bench",
         description="Time rnn_fused against torch.nn and others, interleaved in one process; train "
         "a forecaster with both; write a report (HTML), plots, JSON and CSV. Without options: the "
-        "everyday grid in float32 and bfloat16, inference and training, in a few minutes. On CUDA "
+        "everyday grid in float32 and bfloat16, inference and training: some ten minutes. On CUDA "
         "also every family of kernels, the time of the recurrence alone and the memory, on the "
         "grids deepbench_train, flashrnn, rl and everyday in bfloat16, float16 and float32 (TF32, "
         "as torch.nn): give it --seconds. Ctrl-C keeps what was measured; --resume goes on.",
@@ -159,6 +159,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 if a package is missing, a result is wrong or a device lost."""
     options = parse(arguments)
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        parser().error(f"--device {options.device} needs a CUDA device, torch finds none")
     try:
         Session(options).run()
     except (OSError, MissingExtraError, WrongResultError, LostDeviceError, ResumeError) as error:
