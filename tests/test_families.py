@@ -68,9 +68,8 @@ def test_explains_clusters() -> None:
     with rnn_fused.kernels("cluster"):
         text = rnn_fused.explain(layer, T=10, B=300, device="H100")
         for how in ("forward: cluster", "backward: cluster"):
-            assert (
-                f"{how}: 20 clusters of 13 blocks of 16 hidden units, weights in registers" in text
-            )
+            blocks = "20 clusters of 13 blocks of 16 hidden units"
+            assert f"{how}: {blocks}, weights in registers (8 w" in text
         assert text.count(" 2 runs each), 32 sequences each, ") == 2
         text = rnn_fused.explain(layer, T=10, B=16, device="A100")
         assert text.count("cluster cannot run it: compute capability at least 90 is needed") == 2
