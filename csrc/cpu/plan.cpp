@@ -23,7 +23,9 @@ Plan plan_layer(const LayerShape& s, int threads) {
   Plan plan;
   plan.pack = repays_packing(s);
   const double step = work_of_step(s);
-  if (threads == 1 || step * s.T < kWorkToRepayThreads) return plan;
+  // Of few rows, whose weights are not packed, reading these takes as long again.
+  const double work = step * s.T * (plan.pack ? 1 : 2);
+  if (threads == 1 || work < kWorkToRepayThreads) return plan;
 
   // The directions run side by side, so that each wants half of an even number of threads.
   const int64_t wanted = s.directions == 2 && threads % 2 == 0 ? threads / 2 : threads;

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
@@ -203,14 +204,28 @@ inline Acc<T> to_accumulation(T value) {
   return load(&value, 1)[0];
 }
 
-template <class A>
-inline A sum_lanes(Vec<A> v) {
-  A lanes[kLanes<A>];
-  store(lanes, v);
-  // Pairwise, so that the order of the additions does not depend on how the compiler unrolls.
-  for (int half = kLanes<A> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+// The first halves, or the second ones, of all the kBlocks blocks that x consists of, and y.
+template <class A, int kBlocks, bool kSecond, int... lane>
+inline Vec<A> halves(Vec<A> x, Vec<A> y, std::integer_sequence<int, lane...>) {
+  constexpr int kHalf = kLanes<A> / kBlocks / 2;
+  return __builtin_shufflevector(
+      x, y, (lane / kHalf * 2 * kHalf + lane % kHalf + (kSecond ? kHalf : 0))...);
+}
+
+// The sums over the lanes of as many registers as one has lanes: of each its first half plus its
+// second, and so on. v is overwritten.
+template <class A, int kBlocks = 1>
+inline Vec<A> sums_of_lanes(Vec<A>* v) {
+  constexpr int kCount = kLanes<A> / kBlocks;
+  if constexpr (kCount == 1) {
+    return v[0];
+  } else {
+    constexpr std::make_integer_sequence<int, kLanes<A>> lanes;
+    for (int i = 0; i < kCount / 2; ++i)
+      v[i] = halves<A, kBlocks, false>(v[2 * i], v[2 * i + 1], lanes) +
+             halves<A, kBlocks, true>(v[2 * i], v[2 * i + 1], lanes);
+    return sums_of_lanes<A, 2 * kBlocks>(v);
+  }
 }
 
 }  // namespace rnn_fused::RNN_FUSED_ISA

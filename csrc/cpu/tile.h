@@ -201,10 +201,12 @@ void multiply(int rows, int64_t columns, const Tile<T>& tile) {
 
 // The same products from weights as they lie in memory, for those that are computed too rarely to
 // repay the packing. Where `weight` has a row per output column: the dot products of one with some
-// rows of `a`, each summed in the same order whatever the other rows. (Several columns at once
-// would read weights from several places, which takes longer than what their loads of `a` cost.)
+// rows of `a`, each summed in the same order whatever the other rows; their lanes are left to be
+// added up, `stride` apart. (Several columns at once would read weights from several places, which
+// takes longer than what their loads of `a` cost.)
 template <class T, int kRows>
-void dot_rows(const Operand<T>* a, int64_t lda, const T* w, int64_t K, Acc<T>* out) {
+void dot_rows(const Operand<T>* a, int64_t lda, const T* w, int64_t K, Vec<Acc<T>>* out,
+              int64_t stride) {
   using A = Acc<T>;
   using M = Product<T>;
   constexpr int64_t kWidth = kLanes<A> * M::kDepth;
@@ -222,16 +224,17 @@ void dot_rows(const Operand<T>* a, int64_t lda, const T* w, int64_t K, Acc<T>* o
     const int n = lanes_left<T>(K - k);
     for (int r = 0; r < kRows; ++r) sum[0][r] += load(a + r * lda + k, n) * load(w + k, n);
   }
-  for (int r = 0; r < kRows; ++r) out[r] = sum_lanes<A>(sum[0][r] + sum[1][r]);
+  for (int r = 0; r < kRows; ++r) out[r * stride] = sum[0][r] + sum[1][r];
 }
 
 // For 1 to kMost rows.
 template <class T, int kMost>
 inline __attribute__((always_inline)) void dots(int rows, const Operand<T>* a, int64_t lda,
-                                                const T* w, int64_t K, Acc<T>* out) {
+                                                const T* w, int64_t K, Vec<Acc<T>>* out,
+                                                int64_t stride) {
   if constexpr (kMost > 1)
-    if (rows < kMost) return dots<T, kMost - 1>(rows, a, lda, w, K, out);
-  dot_rows<T, kMost>(a, lda, w, K, out);
+    if (rows < kMost) return dots<T, kMost - 1>(rows, a, lda, w, K, out, stride);
+  dot_rows<T, kMost>(a, lda, w, K, out, stride);
 }
 
 // Where `w` has a row per k, `stride` apart: out[r * ldo + c] = init[r * ldi + c] + sum_k a[r * lda

@@ -123,14 +123,22 @@ class Weights {
                                               from.at(row + i, p), from.row_stride,
                                               to.at(row + i, p), to.row_stride);
     } else {
-      for (int64_t c = 0; c < kPanelWidth; ++c) {
-        const int64_t j = column + c % kColumns;
-        const int64_t gate = kLayout == Layout::gates ? (c / kColumns + first_gate_) % kVectors : 0;
-        Acc<T> sums[kTile];
-        if (j < columns_)
-          dots<T, kMostInPlace>(height, a, lda, weight_ + (gate * columns_ + j) * K_, K_, sums);
+      constexpr int kWidth = kLanes<Acc<T>>;
+      for (int v = 0; v < kVectors; ++v) {
+        const bool gates = kLayout == Layout::gates;
+        const int64_t first = gates ? column : column + v * kWidth;
+        const int64_t gate = gates ? (v + first_gate_) % kVectors : 0;
+        Vec<Acc<T>> products[kMostInPlace][kWidth];  // of a column in each
+        for (int c = 0; c < kWidth; ++c) {
+          const T* const weights = weight_ + (gate * columns_ + first + c) * K_;
+          if (first + c < columns_)
+            dots<T, kMostInPlace>(height, a, lda, weights, K_, products[0] + c, kWidth);
+          else
+            for (int i = 0; i < height; ++i) products[i][c] = Vec<Acc<T>>{};
+        }
         for (int i = 0; i < height; ++i)
-          to.at(row + i, p)[c] = from.at(row + i, p)[c] + (j < columns_ ? sums[i] : Acc<T>{});
+          store(to.at(row + i, p) + v * kWidth,
+                load(from.at(row + i, p) + v * kWidth) + sums_of_lanes<Acc<T>>(products[i]));
       }
     }
   }

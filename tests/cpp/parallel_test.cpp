@@ -257,6 +257,19 @@ TEST_CASE("a plan divides sequences or units but never more than there are") {
   }
 }
 
+TEST_CASE("few rows wake threads for half the work") {
+  const auto parts = [](int64_t T, int64_t B, int64_t H) {
+    const Plan plan = plan_layer({Cell::lstm, DType::f32, T, B, H, H, 1, nullptr, nullptr}, 2);
+    CHECK(plan.pack == (T * B >= 12));
+    return std::max(plan.row_parts, plan.unit_parts);
+  };
+  CHECK(parts(1, 1, 256) == 2);  // 262 144 multiply-adds
+  CHECK(parts(1, 4, 96) == 1);   // 147 456
+  CHECK(parts(1, 4, 97) == 2);
+  CHECK(parts(1, 16, 64) == 1);  // 262 144
+  CHECK(parts(1, 16, 69) == 2);  // 304 704
+}
+
 TEST_CASE("ranges of sequences cover all and differ by less than two of the longest") {
   for (bool ragged : {false, true})
     for (Range timesteps : {Range{0, 12}, Range{3, 8}})
