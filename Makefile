@@ -107,7 +107,8 @@ emulate-ops: build emulated-core
 	$(BIN)/python -m pytest --emulated-cuda $(EMULATED_OPS) --numprocesses $(MAX_JOBS) --dist worksteal \
 	    -k "not ((test_lengths or test_options or test_windows) and (gradcheck or any_ or skewed))" \
 	    tests/test_emulated_families.py tests/test_ops.py tests/test_resets.py \
-	    tests/test_lengths.py tests/test_options.py tests/test_windows.py $(PYTEST_ARGS)
+	    tests/test_lengths.py tests/test_options.py tests/test_windows.py tests/test_stacks.py \
+	    $(PYTEST_ARGS)
 
 # The check of the PTX wrappers; to be run on a GPU.
 build/gpu_primitives: tests/gpu/primitives.cu $(wildcard csrc/cuda/*.*h tests/emulation/*.*h)

@@ -32,3 +32,16 @@ def plan_cuda(
     backward: bool,
     kernels: str,
 ) -> dict[str, Any]: ...
+def plan_cuda_stack(
+    cell: str,
+    dtype: str,
+    T: int,
+    B: int,
+    H: int,
+    P: int,
+    directions: int,
+    allow_tf32: bool,
+    gpu: tuple[int, int, int, int, int],
+    kernels: str,
+    layers: int,
+) -> dict[str, Any]: ...

@@ -351,31 +351,40 @@ class FusedRNNBase(RNNBase):
             reset_states = self._initial_states(sequence, batch)
 
         cell, options = self.mode.lower(), self._cell_options()
+        drops = self.training and self.dropout > 0
+        primals = sequence, *(states or ()), *(reset_states or ())
+        rows: Any = {"batch_sizes": batch_sizes, "lengths": lengths, "resets": resets}
         if packed:
-            primals = sequence, *(states or ()), *(reset_states or ())
             if not all_states and ops.runs_packed(*primals):
-                output, last = ops.stack(
+                output, last = ops.packed_stack(
                     sequence,
                     states,
                     packed,
                     cell=cell,
                     hidden_size=self.hidden_size,
                     output_size=self.proj_size or self.hidden_size,
-                    batch_sizes=batch_sizes,
-                    lengths=lengths,
-                    resets=resets,
                     reset_states=reset_states,
                     options=options,
+                    **rows,
                 )
                 return output, last, []
             weights = self._weights_by_layer()
+        if self.num_layers > 1 and not (all_states or drops) and ops.runs_stack(primals, weights):
+            output, last = ops.stack(
+                *(sequence, states, weights),
+                cell=cell,
+                reset_states=reset_states,
+                options=options,
+                **rows,
+            )
+            return output, last, []
         absent = [(None, None)] * len(weights)
         initial = absent if states is None else _by_layer(states, len(weights))
         after_reset = absent if reset_states is None else _by_layer(reset_states, len(weights))
         final: list[tuple[Tensor, ...]] = []
         layers: list[tuple[Tensor, ...]] = []
         for layer, layer_weights in enumerate(weights):
-            if layer > 0 and self.training and self.dropout > 0:
+            if layer > 0 and drops:
                 sequence = F.dropout(sequence, self.dropout)
             hx, cx = initial[layer]
             reset_hx, reset_cx = after_reset[layer]
@@ -385,14 +394,12 @@ class FusedRNNBase(RNNBase):
                 cx,
                 layer_weights,
                 cell=cell,
-                batch_sizes=batch_sizes,
-                lengths=lengths,
-                resets=resets,
                 reset_hx=reset_hx,
                 reset_cx=reset_cx,
                 options=options,
                 all_cells=all_states and cell == "lstm",
                 recompute=self.save == "recompute",
+                **rows,
             )
             final.append((h_n,) if c_n is None else (h_n, c_n))
             if all_states:

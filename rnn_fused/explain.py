@@ -100,7 +100,7 @@ def explain(module: RNNBase | Frozen, T: int, B: int, *, device: str | Gpu | Non
         threads = min(torch.get_num_threads(), os.cpu_count() or 1)  # as the op takes them
         lines += _cpu(_C.plan_cpu(*layer, module.num_layers, threads), frozen)
     else:
-        lines += _cuda(layer, _gpu(where, weight.device.index), weight.dtype)
+        lines += _cuda(layer, module.num_layers, _gpu(where, weight.device.index), weight.dtype)
     return "\n".join(lines)
 
 
@@ -148,7 +148,7 @@ def _cpu(plan: dict[str, int], frozen: bool) -> list[str]:
     return [f"  on the CPU ({_C.selected_isa()}): {threads}; weights {weights}"]
 
 
-def _cuda(layer: _Layer, gpu: Gpu, dtype: torch.dtype) -> list[str]:
+def _cuda(layer: _Layer, layers: int, gpu: Gpu, dtype: torch.dtype) -> list[str]:
     if gpu.compute_capability < 10 * families.OLDEST_CAPABILITY[0]:
         return [
             f"  on {gpu.name}: torch's own op, the GPU is too old (sm_{gpu.compute_capability})"
@@ -168,6 +168,12 @@ def _cuda(layer: _Layer, gpu: Gpu, dtype: torch.dtype) -> list[str]:
         lines.append(f"  {name}: {how}")
         if not cannot:
             lines.append(f"    {_predicted(plan['step_us'])}")
+    stack = plan_stack(layer, layers, gpu, tf32, kernels)
+    if stack["together"] > 1:
+        behind = f"each {stack['chunk']} timesteps behind the one below"
+        how = f"{stack['together']} layers side by side, {behind}: {_how(stack['plan'], tf32)}"
+        times = f"{stack['us']:.0f} us for all layers' loops, {stack['us_in_turn']:.0f} us in turn"
+        lines += [f"  without gradients: {how}", f"    predicted, not measured: {times}"]
     return lines
 
 
@@ -175,11 +181,19 @@ def cuda_plan(
     layer: _Layer, gpu: Gpu, tf32: bool, kernels: str, *, backward: bool
 ) -> dict[str, Any]:
     """What a family of `kernels`, or for "auto" the plan's own, would do with a layer."""
-    limits = (
+    return _C.plan_cuda(*layer, tf32, _limits(gpu), backward, kernels)
+
+
+def plan_stack(layer: _Layer, layers: int, gpu: Gpu, tf32: bool, kernels: str) -> dict[str, Any]:
+    """How a stack of such layers runs forwards without gradients."""
+    return _C.plan_cuda_stack(*layer, tf32, _limits(gpu), kernels, layers)
+
+
+def _limits(gpu: Gpu) -> tuple[int, int, int, int, int]:
+    return (
         *(gpu.compute_capability, gpu.sm_count, gpu.registers_per_sm),
         *(gpu.shared_per_sm, gpu.shared_per_block),
     )
-    return _C.plan_cuda(*layer, tf32, limits, backward, kernels)
 
 
 def _how(plan: dict[str, Any], tf32: bool) -> str:

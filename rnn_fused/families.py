@@ -125,5 +125,5 @@ def _warn_of_products() -> None:
     warnings.warn(
         "torch.backends.cudnn.rnn asks for exact float32 layers, but torch.backends.cuda.matmul "
         "allows TF32, which the products of rnn_fused's CUDA layers around the timesteps follow",
-        stacklevel=4,
+        stacklevel=5,
     )

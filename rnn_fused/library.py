@@ -44,6 +44,7 @@ class Call:
 
 layer_forward = torch.ops.rnn_fused.layer_forward.default
 pack_weights = torch.ops.rnn_fused.pack_weights.default
+stack_forward = torch.ops.rnn_fused.stack_forward.default
 stack_infer = torch.ops.rnn_fused.stack_infer.default
 layer_backward = torch.ops.rnn_fused.layer_backward.default
 layer_backward_ = torch.ops.rnn_fused.layer_backward_.default
@@ -125,8 +126,43 @@ def _fake_forward(
     return output, h_n, c_n, gates, cells
 
 
-@torch.library.register_fake("rnn_fused::stack_infer")
+@torch.library.register_fake("rnn_fused::stack_forward")
 def _fake_stack(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    reset_hx: Tensor | None,
+    reset_cx: Tensor | None,
+    weight_ih: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    bias_ih: Sequence[Tensor],
+    bias_hh: Sequence[Tensor],
+    weight_hr: Sequence[Tensor],
+    sizes: Tensor | None,
+    resets: Tensor | None,
+    cell: str,
+    gate_slope: float,
+    cell_clip: float | None,
+    kernels: str,
+    allow_tf32: bool,
+    layers: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights = *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr
+    _check_devices(cell, input, hx, cx, reset_hx, reset_cx, resets, *weights)
+    _check_batch(cell, input, hx, sizes)
+    if layers < 1 or len(weight_ih) % layers != 0:
+        raise RuntimeError(
+            f"[{cell}] weight_ih must hold as many tensors for each of the layers, at least 1: got "
+            f"{len(weight_ih)} for {layers}"
+        )
+    hidden = weight_ih[0].shape[0] // GATES[cell]
+    output_size = weight_hr[0].shape[0] if weight_hr else hidden
+    directions = len(weight_ih) // layers
+    return _fake_results(cell, input, hx, layers, directions, hidden, output_size)
+
+
+@torch.library.register_fake("rnn_fused::stack_infer")
+def _fake_packed_stack(
     input: Tensor,
     hx: Tensor | None,
     cx: Tensor | None,
@@ -144,7 +180,19 @@ def _fake_stack(
     _check_devices(cell, input, hx, cx, reset_hx, reset_cx, resets, *packed)
     _check_batch(cell, input, hx, sizes)
     directions = packed[0].shape[0]
-    state = len(packed) * directions, input.shape[1] if hx is None else hx.shape[1]
+    return _fake_results(cell, input, hx, len(packed), directions, hidden_size, output_size)
+
+
+def _fake_results(
+    cell: str,
+    input: Tensor,
+    hx: Tensor | None,
+    layers: int,
+    directions: int,
+    hidden_size: int,
+    output_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    state = layers * directions, input.shape[1] if hx is None else hx.shape[1]
     return (
         input.new_empty(*input.shape[:-1], directions * output_size),
         input.new_empty(*state, output_size),

@@ -1,5 +1,5 @@
 """`layer`: one recurrent layer, all its steps and directions, in one call of the fused op; and
-`stack`: for inference, all layers in one call."""
+`stack` and `packed_stack`: for inference, all layers in one call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .autograd import LayerForward, apply, flatten, forward_mode, join_direction
 from .ragged import host_knows, ragged
 from .reference import PLAIN, CellOptions, LayerOutputs, LayerWeights
 
-__all__ = ["CellOptions", "LayerOutputs", "LayerWeights", "layer", "stack"]
+__all__ = ["CellOptions", "LayerOutputs", "LayerWeights", "layer", "packed_stack", "stack"]
 
 
 def layer(
@@ -111,7 +111,7 @@ def run_layer(
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """`layer` without its checks, for modules, whose arguments go together."""
-    device = "cpu" if input.is_cpu else input.device.type  # the latter takes a microsecond
+    device = _device(input)
     if device != "meta" and torch.is_autocast_enabled(device):
         primals = input, hx, cx, reset_hx, reset_cx
         input, hx, cx, reset_hx, reset_cx, weights = _autocast(device, primals, weights)
@@ -137,18 +137,13 @@ def run_layer(
         if wanted := _extras(batch_sizes, resets, options, all_cells, recompute):
             raise RuntimeError(f"[{cell}] {wanted}: rnn_fused has no kernels for {device} tensors")
         return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
-    kernels, allow_tf32 = "auto", False
-    if device == "cpu":
-        allow_tf32 = input.dtype == torch.float32 and ask.allows_split()
-    elif device == "cuda":
-        kernels = families.forced()
-        allow_tf32 = input.dtype == torch.float32 and ask.allows_tf32()
-        if kernels == "cudnn":
-            if not transformed:
-                if wanted := _extras(batch_sizes, resets, options, all_cells, recompute):
-                    raise RuntimeError(f'[{cell}] kernels("cudnn") cannot run {wanted}')
-                return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
-            kernels = "auto"  # torch.func's transforms have no rules for torch's op
+    kernels, allow_tf32 = _choice(device, input.dtype, ask)
+    if kernels == "cudnn":
+        if not transformed:
+            if wanted := _extras(batch_sizes, resets, options, all_cells, recompute):
+                raise RuntimeError(f'[{cell}] kernels("cudnn") cannot run {wanted}')
+            return _torch_layer(input, hx, cx, weights, cell, batch_sizes)
+        kernels = "auto"  # torch.func's transforms have no rules for torch's op
 
     sizes = batch_sizes if lengths is None else lengths
     primals = input, hx, cx, reset_hx, reset_cx
@@ -176,15 +171,81 @@ def run_layer(
     return output, h_n, c_n, cells
 
 
+def stack(
+    input: Tensor,
+    states: tuple[Tensor, ...] | None,
+    weights: Sequence[LayerWeights],
+    *,
+    cell: str,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_states: tuple[Tensor, ...] | None = None,
+    options: CellOptions = PLAIN,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Runs layers one on top of the other, without dropout, where `runs_stack`.
+
+    states, reset_states: (h,) or (h, c) of all layers, [L*D, B, P] and [L*D, B, H].
+    The others as for `layer`.
+
+    Returns:
+        The last layer's output, and the final states of all.
+
+    Raises:
+        RuntimeError: as `layer`.
+    """
+    hx, cx, *_ = (*(states or ()), None, None)
+    reset_hx, reset_cx, *_ = (*(reset_states or ()), None, None)
+    lists = [[w for of_layer in field for w in of_layer] for field in zip(*weights, strict=True)]
+    output, h_n, c_n = library.run(
+        library.stack_forward,
+        *(input, hx, cx, reset_hx, reset_cx, *lists),
+        *(batch_sizes if lengths is None else lengths, resets, cell, *options[:2]),
+        *_choice(_device(input), input.dtype, families),
+        len(weights),
+    )
+    return output, (h_n, c_n) if cell == "lstm" else (h_n,)
+
+
+def runs_stack(primals: tuple[Tensor, ...], weights: Sequence[LayerWeights]) -> bool:
+    """Whether `stack` runs these, an input and states: eagerly, where no gradients are recorded,
+    outside autocast, transforms, forward mode and torch.jit, on a device that has kernels."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch._C._get_tracing_state() is not None:  # torch.jit empties lists that it calls ops with
+        return False
+    if torch.is_grad_enabled() and any(_requires_grad(primals, layer) for layer in weights):
+        return False
+    device = _device(primals[0])
+    if device == "cuda" and families.forced() == "cudnn":
+        return False
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return False
+    return families.has_kernels(device, primals[0].device.index) and not forward_mode()
+
+
+def _device(x: Tensor) -> str:
+    return "cpu" if x.is_cpu else x.device.type  # the latter takes a microsecond
+
+
+def _choice(device: str, dtype: torch.dtype, ask: Any) -> tuple[str, bool]:
+    """The family of kernels, and whether float32 products may be less exact."""
+    if device == "cpu":
+        return "auto", dtype == torch.float32 and ask.allows_split()
+    if device == "cuda":
+        return families.forced(), dtype == torch.float32 and ask.allows_tf32()
+    return "auto", False
+
+
 def pack_weights(weights: LayerWeights, cell: str) -> Tensor:
     """The weights of a layer on the CPU in the order of this processor's kernels, [D, values], for
-    many calls of `stack`."""
+    many calls of `packed_stack`."""
     with torch.no_grad():
         packed: Tensor = library.run(library.pack_weights, *weights, cell)
     return packed
 
 
-def stack(
+def packed_stack(
     input: Tensor,
     states: tuple[Tensor, ...] | None,
     packed: Sequence[Tensor],
@@ -198,18 +259,11 @@ def stack(
     reset_states: tuple[Tensor, ...] | None = None,
     options: CellOptions = PLAIN,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Runs layers one on top of the other, without dropout, where `runs_packed`.
+    """`stack`, where `runs_packed`.
 
-    states, reset_states: (h,) or (h, c) of all layers, [L*D, B, P] and [L*D, B, H].
     packed: `pack_weights` of each layer.
     hidden_size, output_size: H and P.
-    The others as for `layer`.
-
-    Returns:
-        The last layer's output, and the final states of all.
-
-    Raises:
-        RuntimeError: as `layer`.
+    The others, results and errors as of `stack`.
     """
     hx, cx, *_ = (*(states or ()), None, None)
     reset_hx, reset_cx, *_ = (*(reset_states or ()), None, None)
@@ -226,9 +280,9 @@ def stack(
 
 
 def runs_packed(*primals: Tensor) -> bool:
-    """Whether `stack` runs these, an input and states: on the CPU, where no gradients are recorded,
-    outside autocast, transforms and forward mode. Not for `torch.export` and other tracers, whose
-    program may be loaded where packed weights have another order."""
+    """Whether `packed_stack` runs these, an input and states: on the CPU, where no gradients are
+    recorded, outside autocast, transforms and forward mode. Not for `torch.export` and other
+    tracers, whose program may be loaded where packed weights have another order."""
     if torch.compiler.is_compiling():
         if not primals[0].is_cpu or torch.compiler.is_exporting():
             return False

@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     ops.takes_lengths = lambda *_: False  # type: ignore[assignment] # as CUDA, it has to be packed
     torch.ops.load_library(path)
-    for op in ("layer_forward", "layer_backward", "layer_backward_"):
+    for op in ("layer_forward", "layer_backward", "layer_backward_", "stack_forward"):
         setattr(library, op, getattr(torch.ops.rnn_fused_emulated, op).default)
 
 
@@ -70,6 +70,22 @@ def _seed() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def ops_called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the ops that run."""
+    from rnn_fused import library
+
+    names: list[str] = []
+    run = library.run
+
+    def spy(op: Any, *args: Any) -> Any:
+        names.append(op._schema.name.removeprefix("rnn_fused::"))
+        return run(op, *args)
+
+    monkeypatch.setattr(library, "run", spy)
+    return names
 
 
 @pytest.fixture

@@ -32,20 +32,6 @@ def make(which: str, **options: Any) -> Any:
     return getattr(rnn_fused, name)(I, H, **{"num_layers": 2, **own, **options})
 
 
-@pytest.fixture
-def ops_called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the ops that run."""
-    names: list[str] = []
-    run = library.run
-
-    def spy(op: Any, *args: Any) -> Any:
-        names.append(op._schema.name.removeprefix("rnn_fused::"))
-        return run(op, *args)
-
-    monkeypatch.setattr(library, "run", spy)
-    return names
-
-
 @each_module
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "two ways"])
@@ -454,7 +440,7 @@ def test_mistakes_of_the_ops(kind: str) -> None:
 
     def run(packed: Any, H: int = H, P: int = P, states: Any = states, **options: Any) -> Any:
         sizes = {"hidden_size": H, "output_size": P}
-        return ops.stack(case.input, states, packed, cell=case.cell, **sizes, **options)
+        return ops.packed_stack(case.input, states, packed, cell=case.cell, **sizes, **options)
 
     output, final = run([packed])
     torch.testing.assert_close((output, *final), case.run(ops.layer))

@@ -116,6 +116,17 @@ inline Tensor matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t row
   return Tensor(view);
 }
 
+// `count` entries of the first axis of a contiguous tensor, from `first` on.
+inline Tensor part(const Tensor& t, int64_t first, int64_t count) {
+  std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
+  const std::vector<int64_t> strides(t.strides().begin(), t.strides().end());
+  sizes[0] = count;
+  AtenTensorHandle view = nullptr;
+  check_torch(aoti_torch__reinterpret_tensor(t.get(), t.dim(), sizes.data(), strides.data(),
+                                             first * strides[0], &view));
+  return Tensor(view);
+}
+
 // out = a @ b, or out += a @ b.
 inline void matmul(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate = false) {
   using torch::stable::detail::from;

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <memory>
 #include <numeric>
 
 #include "csrc/binding/compat.h"
@@ -371,6 +372,80 @@ struct Layer : Sequences {
     point_to_states(direction, d);
     return direction;
   }
+};
+
+// The arguments of a stack of layers, each over the output of the one below. Lists have D entries a
+// layer, one layer after the other, and states [L*D, B, ...]. The rest is checked layer by layer.
+class Stack {
+ public:
+  Stack(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+        const OptionalTensor& reset_hx, const OptionalTensor& reset_cx, const Tensors& weight_ih,
+        const Tensors& weight_hh, const Tensors& bias_ih, const Tensors& bias_hh,
+        const Tensors& weight_hr, const OptionalTensor& sizes, const OptionalTensor& resets,
+        const std::string& cell, double gate_slope, std::optional<double> cell_clip, int64_t layers)
+      : input_(input),
+        cell_(cell),
+        layers_(layers),
+        states_(static_cast<int64_t>(weight_ih.size())),
+        hx_(state(hx, "hx")),
+        cx_(state(cx, "cx")),
+        reset_hx_(state(reset_hx, "reset_hx")),
+        reset_cx_(state(reset_cx, "reset_cx")),
+        weight_ih_(list(weight_ih, "weight_ih")),
+        weight_hh_(list(weight_hh, "weight_hh")),
+        bias_ih_(list(bias_ih, "bias_ih")),
+        bias_hh_(list(bias_hh, "bias_hh")),
+        weight_hr_(list(weight_hr, "weight_hr")),
+        sizes_(sizes),
+        resets_(resets ? OptionalTensor(as_contiguous(*resets)) : resets),
+        gate_slope_(gate_slope),
+        cell_clip_(cell_clip) {}
+
+  std::unique_ptr<Layer> layer(int64_t l, const Tensor& input) const {
+    const auto own = [&](const Tensors& list) {
+      const auto count = static_cast<int64_t>(list.size()) / layers_;
+      return Tensors(list.begin() + l * count, list.begin() + (l + 1) * count);
+    };
+    const auto states = [&](const OptionalTensor& t) {
+      const int64_t D = states_ / layers_;
+      return t ? OptionalTensor(part(*t, l * D, D)) : t;
+    };
+    return std::make_unique<Layer>(input, states(hx_), states(cx_), states(reset_hx_),
+                                   states(reset_cx_), own(weight_ih_), own(weight_hh_),
+                                   own(bias_ih_), own(bias_hh_), own(weight_hr_), sizes_, resets_,
+                                   cell_, gate_slope_, cell_clip_, std::nullopt);
+  }
+
+ private:
+  const Tensors& list(const Tensors& tensors, const char* what) const {
+    RNN_FUSED_CHECK(layers_ >= 1 && tensors.size() % layers_ == 0, "[", cell_, "] ", what,
+                    " must hold as many tensors for each of the layers, at least 1: got ",
+                    tensors.size(), " for ", layers_);
+    for (const Tensor& t : tensors) check_device(t, what);
+    return tensors;
+  }
+  OptionalTensor state(const OptionalTensor& t, const char* what) const {
+    if (!t) return t;
+    RNN_FUSED_CHECK(t->dim() == 3 && t->size(0) == states_, "[", cell_, "] ", what,
+                    " must have 3 dimensions [L*D, B, ...], L*D = ", states_, ", got shape ",
+                    shape_string(t->sizes()));
+    check_device(*t, what);
+    return as_contiguous(*t);
+  }
+  // Before any layer runs.
+  void check_device(const Tensor& t, const char* what) const {
+    RNN_FUSED_CHECK(t.device() == input_.device(), "[", cell_, "] ", what,
+                    " must be on the device of input");
+  }
+
+  const Tensor& input_;
+  const std::string& cell_;
+  const int64_t layers_, states_;  // of which a layer has D
+  const OptionalTensor hx_, cx_, reset_hx_, reset_cx_;
+  const Tensors &weight_ih_, &weight_hh_, &bias_ih_, &bias_hh_, &weight_hr_;
+  const OptionalTensor sizes_, resets_;
+  const double gate_slope_;
+  const std::optional<double> cell_clip_;
 };
 
 }  // namespace rnn_fused

@@ -114,15 +114,37 @@ py::dict as_dict(const LayerShape& shape, Precision precision, const Gpu& gpu, c
   return result;
 }
 
+std::optional<Family> forced_family(const std::string& kernels) {
+  const std::optional<Family> forced = family_named(kernels);
+  if (!forced && kernels != "auto") throw py::value_error("unknown kernels '" + kernels + "'");
+  return forced;
+}
+
 py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B,
                    int64_t H, int64_t P, int directions, bool allow_tf32, const Gpu& gpu,
                    bool backward, const std::string& kernels) {
   const LayerShape shape = layer_shape(cell, dtype, T, B, H, P, directions);
   const Precision precision = allow_tf32 ? Precision::tf32 : Precision::exact;
-  const std::optional<Family> forced = family_named(kernels);
-  if (!forced && kernels != "auto") throw py::value_error("unknown kernels '" + kernels + "'");
-  const CudaPlan plan = rnn_fused::plan_cuda(shape, precision, properties(gpu), backward, forced);
+  const CudaPlan plan =
+      plan_cuda(shape, precision, properties(gpu), backward, forced_family(kernels));
   return as_dict(shape, precision, gpu, plan, backward);
+}
+
+py::dict cuda_stack_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B,
+                         int64_t H, int64_t P, int directions, bool allow_tf32, const Gpu& gpu,
+                         const std::string& kernels, int64_t layers) {
+  LayerShape shape = layer_shape(cell, dtype, T, B, H, P, directions);
+  const Precision precision = allow_tf32 ? Precision::tf32 : Precision::exact;
+  const StackPlan stack =
+      plan_cuda_stack(shape, layers, precision, properties(gpu), forced_family(kernels));
+  shape.directions = stack.together;
+  py::dict result;
+  result["together"] = stack.together;
+  result["chunk"] = stack.chunk;
+  result["us"] = stack.us;
+  result["us_in_turn"] = stack.us_in_turn;
+  result["plan"] = as_dict(shape, precision, gpu, stack.plan, false);
+  return result;
 }
 
 }  // namespace
@@ -139,4 +161,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("selected_isa", [] { return std::string(rnn_fused::isa_name(rnn_fused::selected_isa())); });
   m.def("plan_cpu", &rnn_fused::cpu_plan);
   m.def("plan_cuda", &rnn_fused::cuda_plan);
+  m.def("plan_cuda_stack", &rnn_fused::cuda_stack_plan);
 }

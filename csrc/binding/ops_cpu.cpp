@@ -56,6 +56,14 @@ char* place_of_tag(const Tensor& packed, int64_t d) {
   return static_cast<char*>(at(packed, (d + 1) * packed.size(1))) - sizeof(PackedTag);
 }
 
+void run_forward(const Layer& layer, const ForwardPass& pass) {
+  if (layer.shape.B > 0) cpu_forward(selected_isa(), pass.params, torch_threads());
+  pass.zero_tails([&](const Tensor& t, int64_t matrices, int64_t columns) {
+    zero_known_tail(layer, t, matrices, columns);
+  });
+  if (layer.padded) zero_padding(layer, pass.output, pass.params.output_stride);
+}
+
 ForwardTensors layer_forward(Tensor input, OptionalTensor hx, OptionalTensor cx,
                              OptionalTensor reset_hx, OptionalTensor reset_cx, Tensors weight_ih,
                              Tensors weight_hh, Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
@@ -67,12 +75,29 @@ ForwardTensors layer_forward(Tensor input, OptionalTensor hx, OptionalTensor cx,
               sizes, resets, cell, gate_slope, cell_clip, grad_clip);
   layer.shape.split = allow_tf32 && can_split(layer.shape);
   const ForwardPass pass(layer, save_gates, save_cells, false);
-  if (layer.shape.B > 0) cpu_forward(selected_isa(), pass.params, torch_threads());
-  pass.zero_tails([&](const Tensor& t, int64_t matrices, int64_t columns) {
-    zero_known_tail(layer, t, matrices, columns);
-  });
-  if (layer.padded) zero_padding(layer, pass.output, pass.params.output_stride);
+  run_forward(layer, pass);
   return pass.results();
+}
+
+StackTensors stack_forward(Tensor input, OptionalTensor hx, OptionalTensor cx,
+                           OptionalTensor reset_hx, OptionalTensor reset_cx, Tensors weight_ih,
+                           Tensors weight_hh, Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
+                           OptionalTensor sizes, OptionalTensor resets, std::string cell,
+                           double gate_slope, std::optional<double> cell_clip, std::string,
+                           bool allow_tf32, int64_t layers) {
+  const Stack stack(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
+                    weight_hr, sizes, resets, cell, gate_slope, cell_clip, layers);
+  Tensor output = input;
+  std::optional<FinalStates> final;
+  for (int64_t l = 0; l < layers; ++l) {
+    const std::unique_ptr<Layer> layer = stack.layer(l, output);
+    layer->shape.split = allow_tf32 && can_split(layer->shape);
+    if (!final) final.emplace(*layer, layers);
+    const ForwardPass pass(*layer, false, false, false, final->of(*layer, l), layer->N);
+    run_forward(*layer, pass);
+    output = pass.output;
+  }
+  return {output, final->h_n, final->c_n};
 }
 
 Tensor pack_weights(Tensors weight_ih, Tensors weight_hh, Tensors bias_ih, Tensors bias_hh,
@@ -147,12 +172,11 @@ struct PackedLayers : Sequences {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> stack_infer(Tensor input, OptionalTensor hx, OptionalTensor cx,
-                                               OptionalTensor reset_hx, OptionalTensor reset_cx,
-                                               Tensors packed, OptionalTensor sizes,
-                                               OptionalTensor resets, std::string cell,
-                                               int64_t hidden_size, int64_t output_size,
-                                               double gate_slope, std::optional<double> cell_clip) {
+StackTensors stack_infer(Tensor input, OptionalTensor hx, OptionalTensor cx,
+                         OptionalTensor reset_hx, OptionalTensor reset_cx, Tensors packed,
+                         OptionalTensor sizes, OptionalTensor resets, std::string cell,
+                         int64_t hidden_size, int64_t output_size, double gate_slope,
+                         std::optional<double> cell_clip) {
   const PackedLayers stack(input, hx, cx, reset_hx, reset_cx, packed, sizes, resets, cell,
                            hidden_size, output_size, gate_slope, cell_clip);
   const LayerShape& s = stack.shape;
@@ -348,6 +372,7 @@ STABLE_TORCH_LIBRARY_IMPL(rnn_fused, CPU, m) {
   m.impl("pack_weights", TORCH_BOX(&pack_weights));
   m.impl("stack_infer", TORCH_BOX(&stack_infer));
   m.impl("layer_forward", TORCH_BOX(&layer_forward));
+  m.impl("stack_forward", TORCH_BOX(&stack_forward));
   m.impl("layer_backward", TORCH_BOX(&layer_backward<false>));
   m.impl("layer_backward_", TORCH_BOX(&layer_backward<true>));
 }

@@ -121,8 +121,8 @@ void zero_tail(const Layer& layer, const Tensor& t, int64_t matrices, int64_t co
                          at(t, m * layer.N * columns), stream);
 }
 
-void run_forward(const Layer& layer, const CudaPlan& plan, Precision precision,
-                 const ForwardParams& params, cudaStream_t stream) {
+void run_loop(const Layer& layer, const CudaPlan& plan, Precision precision,
+              const ForwardParams& params, cudaStream_t stream) {
   if (plan.family != Family::stepwise) {
     const DeviceRows rows(layer, stream);
     const Tensor scratch = workspace(layer, persistent_workspace(plan, layer.shape, false));
@@ -168,6 +168,99 @@ class BackwardLoop {
   std::optional<DeviceRows> rows_;
 };
 
+void run_forward(const Layer& layer, const ForwardPass& pass, const CudaPlan& plan,
+                 Precision precision, cudaStream_t stream) {
+  if (layer.shape.B > 0) {
+    pass.multiply_input();
+    if (layer.has_idle_sequences()) pass.begin_final_states();
+    run_loop(layer, plan, precision, pass.params, stream);
+  }
+  pass.zero_tails([&](const Tensor& t, int64_t matrices, int64_t columns) {
+    zero_tail(layer, t, matrices, columns, stream);
+  });
+}
+
+// A layer of a stack whose layers run side by side, a chunk of timesteps a launch.
+class StackedLayer {
+ public:
+  StackedLayer(std::unique_ptr<const Layer> layer, const FinalStates& final, int64_t chunk)
+      : layer_(std::move(layer)),
+        chunk_(chunk),
+        pass_(*layer_, false, false, true, final, first_row(std::min(chunk, layer_->shape.T))),
+        carried_c_(layer_->allocate_if(layer_->lstm(), {layer_->shape.B, layer_->shape.H},
+                                       layer_->cell_dtype())) {
+    if (layer_->has_idle_sequences()) pass_.begin_final_states();
+    pass_.zero_tails([&](const Tensor& t, int64_t matrices, int64_t columns) {
+      zero_known_tail(*layer_, t, matrices, columns);
+    });
+  }
+
+  const Tensor& output() const { return pass_.output; }
+  const ForwardParams& params() const { return pass_.params; }
+
+  // Multiplies the input of chunk c, and returns what the loop has to know of it. No chunk has more
+  // rows than the first.
+  ForwardDirection begin(int64_t c) const {
+    const int64_t T = layer_->shape.T;
+    const Range steps = {c * chunk_, std::min((c + 1) * chunk_, T)};
+    ForwardDirection own = pass_.params.direction[0];
+    own.first_row = layer_->rnn() ? 0 : first_row(steps.begin);
+    pass_.multiply_input({first_row(steps.begin), first_row(steps.end)}, own.first_row);
+    own.steps_before = steps.begin;
+    own.steps_after = T - steps.end;
+    if (c > 0) own.h0 = own.h_n;
+    if (layer_->lstm()) own.carried_c = at(carried_c_, 0);
+    return own;
+  }
+
+ private:
+  // Of a timestep, or behind the last.
+  int64_t first_row(int64_t t) const {
+    return t < layer_->shape.T ? layer_->shape.row(t) : layer_->rows;
+  }
+
+  const std::unique_ptr<const Layer> layer_;
+  const int64_t chunk_;
+  const ForwardPass pass_;
+  const Tensor carried_c_;
+};
+
+// Returns the output of the last of so many layers. first: the stack's first.
+Tensor run_side_by_side(const Stack& stack, int64_t layers, std::unique_ptr<const Layer> first,
+                        const StackPlan& how, const FinalStates& final, Precision precision,
+                        cudaStream_t stream) {
+  const int64_t T = first->shape.T, together = how.together;
+  const DeviceRows rows(*first, stream);
+  LayerShape all = first->shape;
+  all.directions = how.together;
+  const Tensor scratch = workspace(*first, persistent_workspace(how.plan, all, false));
+  std::vector<std::unique_ptr<StackedLayer>> places(together);
+  for (int64_t launch = 0; launch < how.launches(T, layers); ++launch) {
+    std::vector<ForwardDirection> running;
+    ForwardParams params{};
+    for (int64_t place = 0; place < together; ++place) {
+      const auto part = how.part(launch, place, T, layers);
+      if (!part) continue;
+      const auto [l, chunk] = *part;
+      if (chunk == 0) {
+        auto layer =
+            l == 0 ? std::move(first) : stack.layer(l, places[(l - 1) % together]->output());
+        const FinalStates own = final.of(*layer, l);
+        places[place] = std::make_unique<StackedLayer>(std::move(layer), own, how.chunk);
+      }
+      running.push_back(places[place]->begin(chunk));
+      params = places[place]->params();
+    }
+    params.stacked = true;
+    params.directions = static_cast<int>(running.size());
+    std::copy(running.begin(), running.end(), params.direction);
+    CudaPlan plan = how.plan;  // of fewer layers where the first or the last ones run
+    plan.blocks = plan.blocks / together * params.directions;
+    persistent_forward(plan, precision, rows.with(params), scratch.mutable_data_ptr(), stream);
+  }
+  return places[(layers - 1) % together]->output();
+}
+
 ForwardTensors layer_forward(Tensor input, OptionalTensor hx, OptionalTensor cx,
                              OptionalTensor reset_hx, OptionalTensor reset_cx, Tensors weight_ih,
                              Tensors weight_hh, Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
@@ -183,15 +276,40 @@ ForwardTensors layer_forward(Tensor input, OptionalTensor hx, OptionalTensor cx,
   if (save_gates || save_cells)
     choose(layer, kernels, precision, true);  // refuse now what the backward pass would
   const ForwardPass pass(layer, save_gates, save_cells, true);
-  if (layer.shape.B > 0) {
-    pass.multiply_input();
-    if (layer.has_idle_sequences()) pass.begin_final_states();
-    run_forward(layer, plan, precision, pass.params, device.stream);
-  }
-  pass.zero_tails([&](const Tensor& t, int64_t matrices, int64_t columns) {
-    zero_tail(layer, t, matrices, columns, device.stream);
-  });
+  run_forward(layer, pass, plan, precision, device.stream);
   return pass.results();
+}
+
+StackTensors stack_forward(Tensor input, OptionalTensor hx, OptionalTensor cx,
+                           OptionalTensor reset_hx, OptionalTensor reset_cx, Tensors weight_ih,
+                           Tensors weight_hh, Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
+                           OptionalTensor sizes, OptionalTensor resets, std::string cell,
+                           double gate_slope, std::optional<double> cell_clip, std::string kernels,
+                           bool allow_tf32, int64_t layers) {
+  const Stack stack(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
+                    weight_hr, sizes, resets, cell, gate_slope, cell_clip, layers);
+  const OnDevice device(input);
+  const Precision precision = allow_tf32 ? Precision::tf32 : Precision::exact;
+  Tensor output = input;
+  std::optional<FinalStates> final;
+  for (int64_t l = 0; l < layers; ++l) {
+    std::unique_ptr<const Layer> layer = stack.layer(l, output);
+    const CudaPlan plan = choose(*layer, kernels, precision, false);
+    if (l == 0) {
+      final.emplace(*layer, layers);
+      const StackPlan how =
+          plan_cuda_stack(layer->shape, layers, precision, current_gpu(), family_named(kernels));
+      if (how.together > 1) {
+        output = run_side_by_side(stack, layers, std::move(layer), how, *final, precision,
+                                  device.stream);
+        break;
+      }
+    }
+    const ForwardPass pass(*layer, false, false, true, final->of(*layer, l), layer->N);
+    run_forward(*layer, pass, plan, precision, device.stream);
+    output = pass.output;
+  }
+  return {output, final->h_n, final->c_n};
 }
 
 // h before the step of each row of the window, [M, P].
@@ -345,6 +463,7 @@ int64_t cuda_probe(Tensor device_of) {
 #ifndef RNN_FUSED_EMULATION
 STABLE_TORCH_LIBRARY_IMPL(rnn_fused, CUDA, m) {
   m.impl("layer_forward", TORCH_BOX(&layer_forward));
+  m.impl("stack_forward", TORCH_BOX(&stack_forward));
   m.impl("layer_backward", TORCH_BOX(&layer_backward<false>));
   m.impl("layer_backward_", TORCH_BOX(&layer_backward<true>));
   m.impl("cuda_probe", TORCH_BOX(&cuda_probe));
@@ -352,6 +471,7 @@ STABLE_TORCH_LIBRARY_IMPL(rnn_fused, CUDA, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(rnn_fused_emulated, CPU, m) {
   m.impl("layer_forward", TORCH_BOX(&layer_forward));
+  m.impl("stack_forward", TORCH_BOX(&stack_forward));
   m.impl("layer_backward", TORCH_BOX(&layer_backward<false>));
   m.impl("layer_backward_", TORCH_BOX(&layer_backward<true>));
 }

@@ -35,23 +35,46 @@ inline void zero_known_tail(const Sequences& batch, const Tensor& t, int64_t mat
 
 using ForwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// The final states of a layer, [D, B, ...], or of a stack of so many like it.
+struct FinalStates {
+  Tensor h_n, c_n;
+
+  explicit FinalStates(const Layer& layer, int64_t layers = 1)
+      : h_n(allocate(layer.input, {layers * layer.D(), layer.shape.B, layer.shape.P})),
+        c_n(layer.allocate_if(layer.lstm(), {layers * layer.D(), layer.shape.B, layer.shape.H})) {}
+
+  // Of layer l of the stack.
+  FinalStates of(const Layer& layer, int64_t l) const {
+    const LayerShape& s = layer.shape;
+    RNN_FUSED_CHECK(s.P == h_n.size(2) && (!layer.lstm() || s.H == c_n.size(2)), "[", layer.name,
+                    "] the layers of a stack must have the same sizes, got H = ", s.H,
+                    ", P = ", s.P, " in layer ", l, " and P = ", h_n.size(2), " in the first");
+    FinalStates own = *this;
+    own.h_n = part(h_n, l * layer.D(), layer.D());
+    if (layer.lstm()) own.c_n = part(c_n, l * layer.D(), layer.D());
+    return own;
+  }
+};
+
 struct ForwardPass {
-  Tensor output, h_n, c_n, gates, cells;
+  Tensor h_n, c_n, output, gates, cells;
   ForwardParams params;
 
-  // With input_in_gates the caller puts W_ih x into products() before the loop.
   ForwardPass(const Layer& layer, bool save_gates, bool save_cells, bool input_in_gates)
-      : layer_(layer) {
+      : ForwardPass(layer, save_gates, save_cells, input_in_gates, FinalStates(layer), layer.N) {}
+
+  // With input_in_gates the caller calls multiply_input before the loop. room: rows of the gates.
+  ForwardPass(const Layer& layer, bool save_gates, bool save_cells, bool input_in_gates,
+              const FinalStates& final, int64_t room)
+      : h_n(final.h_n), c_n(final.c_n), layer_(layer), room_(room) {
     const LayerShape& s = layer.shape;
     const int64_t D = layer.D(), N = layer.N;
     output = allocate(layer.input, layer.rows_shape(D * s.P));
-    h_n = allocate(layer.input, {D, s.B, s.P});
-    c_n = layer.allocate_if(layer.lstm(), {D, s.B, s.H});
     // The GRU's hn needs room only where it is saved; an RNN saves nothing but its output, and its
     // pre-activations can lie where that will.
     const int64_t stride = layer.rnn() ? D * s.P : (save_gates ? layer.S() : layer.G()) * s.H;
     const bool has_gates = !layer.rnn() && (save_gates || input_in_gates);
-    gates = layer.allocate_if(has_gates, {D, N, stride / s.H, s.H});
+    gates = layer.allocate_if(has_gates, {D, room, stride / s.H, s.H});
     cells = layer.allocate_if(save_cells && layer.lstm(), {D, N, s.H}, layer.cell_dtype());
     params = {s,       {},        layer.input.const_data_ptr(), layer.I, input_in_gates, stride,
               D * s.P, save_gates};
@@ -65,10 +88,12 @@ struct ForwardPass {
                              layer.lstm() ? at(c_n, d * s.B * s.H) : nullptr};
   }
 
-  void multiply_input() const {
+  // Of all rows, or of some for which the gates have room.
+  void multiply_input() const { multiply_input({0, layer_.rows}, 0); }
+  void multiply_input(Range rows, int64_t first_row) const {
     for (int d = 0; d < layer_.shape.directions; ++d)
-      rnn_fused::multiply_input(layer_, d, {0, layer_.rows}, place(), params.gates_stride,
-                                origin(d));
+      rnn_fused::multiply_input(layer_, d, rows, place(), params.gates_stride,
+                                origin(d) + (rows.begin - first_row) * params.gates_stride);
   }
 
   // Of a sequence without timesteps, no loop on a device writes the final states.
@@ -95,11 +120,14 @@ struct ForwardPass {
  private:
   const Tensor& place() const { return layer_.rnn() ? output : gates; }
   int64_t origin(int d) const {
-    return layer_.rnn() ? d * layer_.shape.P : d * layer_.N * params.gates_stride;
+    return layer_.rnn() ? d * layer_.shape.P : d * room_ * params.gates_stride;
   }
 
   const Layer& layer_;
+  int64_t room_;
 };
+
+using StackTensors = std::tuple<Tensor, Tensor, Tensor>;
 
 using BackwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors>;
 

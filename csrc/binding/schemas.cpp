@@ -40,10 +40,17 @@ STABLE_TORCH_LIBRARY(rnn_fused, m) {
       "float? cell_clip, float? grad_clip_value, str kernels, bool allow_tf32, bool save_gates, "
       "bool save_cells) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
-  // All layers of a stack, without anything saved, on the CPU: each layer's weights and biases were
-  // packed once for many calls, [D, values], in a layout that is that of this processor's
-  // instructions. States are those of all layers, [L*D, B, ...]; hidden_size and output_size are H
-  // and P.
+  // All layers of a stack, without anything saved. Lists have D tensors a layer, layer by layer,
+  // and states are those of all layers, [L*D, B, ...]. The rest is layer_forward's.
+  m.def(
+      "stack_forward(Tensor input, Tensor? hx, Tensor? cx, Tensor? reset_hx, Tensor? reset_cx, "
+      "Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, "
+      "Tensor[] weight_hr, Tensor? sizes, Tensor? resets, str cell, float gate_slope, "
+      "float? cell_clip, str kernels, bool allow_tf32, int layers) "
+      "-> (Tensor output, Tensor h_n, Tensor c_n)");
+  // The same on the CPU, where each layer's weights and biases were packed once for many calls, [D,
+  // values], in a layout that is that of this processor's instructions. hidden_size and output_size
+  // are H and P.
   m.def(
       "pack_weights(Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, "
       "Tensor[] weight_hr, str cell) -> Tensor");

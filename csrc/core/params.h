@@ -66,6 +66,10 @@ struct Options {
 // it: `split` in what follows. Where can_split of the CPU's plan.h, not with weights that were
 // packed before, and taken as exact where that is no slower (split32.h).
 
+// A layer has one direction or two. On CUDA up to four layers of a stack, which have one each, may
+// run side by side as if they were directions of one layer.
+constexpr int kMaxDirections = 4;
+
 struct LayerShape {
   Cell cell;
   DType dtype;
@@ -80,6 +84,10 @@ struct LayerShape {
   bool sizes_on_device = false;    // batch_sizes and row_start are known to a CUDA device alone
   const int64_t* order = nullptr;  // [B], padded: which the caller's sequence b is; else null
   bool split = false;
+  bool stacked = false;  // the directions are layers of a stack, which all walk forwards
+
+  // Whether direction d walks backwards through time.
+  RNN_FUSED_HD bool reverse(int d) const { return d == 1 && !stacked; }
 
   // Sequences that reach timestep t, and the row of the first.
   RNN_FUSED_HD int64_t active(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
@@ -131,10 +139,17 @@ struct ForwardDirection : DirectionWeights {
   void* c_n;     // [B, H]; LSTM only
   // The weights and biases as cpu_pack_weights left them, or null. On the CPU only.
   const void* packed = nullptr;
+  // In the persistent kernels on CUDA only: a window of the loop's steps, where other calls make
+  // the others, an even number of them before. h_n and c_n are then those behind the window, and h0
+  // of the next window may be h_n.
+  int64_t steps_before = 0, steps_after = 0;
+  int64_t first_row = 0;  // whose gates come first
+  // c in the accumulation type, from the window before and to the window after this one.
+  void* carried_c = nullptr;  // [B, H]; LSTM only
 };
 
 struct ForwardParams : LayerShape {
-  ForwardDirection direction[2];
+  ForwardDirection direction[kMaxDirections];
   const void* input;  // [N, I]
   int64_t I;
   bool input_in_gates;    // the caller multiplied W_ih x

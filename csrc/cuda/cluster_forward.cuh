@@ -1,5 +1,5 @@
-// The forward pass of all timesteps in one launch, a thread-block cluster for some sequences of one
-// direction: it waits for no other.
+// The forward pass of all timesteps, or of a window of them, in one launch, a thread-block cluster
+// for some sequences of one direction: it waits for no other.
 //
 // As in persistent_forward.cuh the blocks own hidden units, and their weights stay in registers,
 // some of large layers in shared memory. But h does not go through L2. Each block has all of h in
@@ -50,9 +50,12 @@ class ClusterForward : ForwardUnits<Policy, kCell, kUnits, kClusterKWarps> {
   }
 
   __device__ __forceinline__ void run() {
-    const bool down = direction_ == 1;
-    const auto step = [&](int64_t s) { return slice_.step_at(down, s); };
-    const auto [begin, end] = cluster_steps(p_, down, slice_, {0, p_.T});
+    const bool down = p_.reverse(direction_);
+    const Range window = {dir_.steps_before, p_.T - dir_.steps_after};
+    const auto step = [&](int64_t s) {
+      return s < window.end ? slice_.step_at(down, s) : Step{0, 0};
+    };
+    const auto [begin, end] = cluster_steps(p_, down, slice_, window);
     Step before = {0, 0}, now = step(begin), next = step(begin + 1);
     if (threadIdx.x == 0 && begin < end) {
       gpu::make_barrier(&full_[0], 1);
@@ -82,6 +85,7 @@ class ClusterForward : ForwardUnits<Policy, kCell, kUnits, kClusterKWarps> {
       now = next;
       next = step(begin + i + 2);
     }
+    this->end_state();
     gpu::cluster_arrive();
     gpu::cluster_wait();
   }

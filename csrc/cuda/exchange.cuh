@@ -28,7 +28,7 @@ namespace rnn_fused::persistent {
 // The workspace begins with a counter for the barrier of each direction and slice, in a cache line
 // of its own; behind them are the directions' slots.
 constexpr int kBarrierStride = 32;
-constexpr int kBarrierBytes = 2 * kMaxSlices * kBarrierStride * sizeof(uint32_t);
+constexpr int kBarrierBytes = kMaxDirections * kMaxSlices * kBarrierStride * sizeof(uint32_t);
 
 __device__ inline gpu::GridBarrier barrier_of(const Launch& launch) {
   const int i = launch.direction() * kMaxSlices + static_cast<int>(blockIdx.z);

@@ -3,8 +3,8 @@
 //
 // In the params, batch_sizes and row_start point to device memory, as every other pointer does.
 // input_in_gates is true: `gates` holds W_ih x on entry. Nothing here waits for the device, and all
-// launches may be captured in a graph. The plan is plan_cuda's for the same
-// shape, precision and pass, on the current device, and not stepwise.
+// launches may be captured in a graph. The plan is plan_cuda's for the same shape, precision and
+// pass, or plan_cuda_stack's, on the current device, and not stepwise.
 #pragma once
 
 #include <cuda_runtime_api.h>

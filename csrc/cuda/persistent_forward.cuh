@@ -1,4 +1,4 @@
-// The forward pass of all timesteps in one launch.
+// The forward pass of all timesteps, or of a window of them, in one launch.
 //
 // Each block owns hidden units of one direction. Their rows of W_hh stay in registers, and in
 // shared memory what registers have no room for, as does c (large blocks: streamed_product.cuh); h
@@ -69,8 +69,19 @@ class ForwardUnits {
   __device__ __forceinline__ void begin_state() {
     if constexpr (kLstm || kGru)
       Owned::for_all_sequences(owns() ? slice_.size() : 0, tile_, [&](int b) {
-        state_[b * kUnits + Owned::unit()] = value_or_zero<T>(kLstm ? dir_.c0 : dir_.h0, given(b));
+        state_[b * kUnits + Owned::unit()] =
+            kLstm && dir_.steps_before > 0 ? static_cast<const float*>(dir_.carried_c)[given(b)]
+                                           : value_or_zero<T>(kLstm ? dir_.c0 : dir_.h0, given(b));
       });
+  }
+
+  // c behind the window's last step, for the next window.
+  __device__ __forceinline__ void end_state() const {
+    if constexpr (kLstm)
+      Owned::for_all_sequences(
+          owns() && dir_.steps_after > 0 ? slice_.size() : 0, tile_, [&](int b) {
+            static_cast<float*>(dir_.carried_c)[given(b)] = state_[b * kUnits + Owned::unit()];
+          });
   }
 
   // Of the thread's unit in a state [B, H] that the caller gave, or wants.
@@ -84,7 +95,7 @@ class ForwardUnits {
 
   // What one pass needs of memory: W_ih x of the thread's sequences, and which are reset.
   __device__ __forceinline__ void load_input(Step step, Step before, int first) {
-    const Step border = direction_ == 0 ? step : before;
+    const Step border = p_.reverse(direction_) ? before : step;
     resets_ = reset_sequences<kUnits>(p_, border, first, pass_size(step.active, first, tile_));
     Owned::for_sequences(owns() ? pass_size(step.active, first, tile_) : 0, [&](int i, int b) {
       const T* const row = gates(step.row + first + b);
@@ -151,7 +162,7 @@ class ForwardUnits {
   __device__ float bias(int gate) const { return bias_[gate * kUnits + Owned::unit()]; }
 
   __device__ T* gates(int64_t row) const {
-    return static_cast<T*>(dir_.gates) + row * p_.gates_stride + unit_;
+    return static_cast<T*>(dir_.gates) + (row - dir_.first_row) * p_.gates_stride + unit_;
   }
 
   __device__ void save(int64_t row, float g0, float g1, float g2, float g3) {
@@ -212,13 +223,15 @@ class Forward : ExchangedForwardUnits<Policy, kCell, kBlocks> {
   }
 
   __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
-    const bool down = direction_ == 1;
-    Step before = {0, 0}, now = slice_.step_at(down, 0);
+    const bool down = p_.reverse(direction_);
+    const int64_t begin = dir_.steps_before;
+    const auto end = [&] { return p_.T - dir_.steps_after; };  // no register has room for it
+    Step before = {0, 0}, now = slice_.step_at(down, begin);
     barrier.arrive();
     this->load_input(now, before, 0);
     barrier.wait();
-    for (int64_t s = 0; s < p_.T; ++s) {
-      const Step next = slice_.step_at(down, s + 1);
+    for (int64_t s = begin; s < end(); ++s) {
+      const Step next = s + 1 < end() ? slice_.step_at(down, s + 1) : Step{0, 0};
       for (int first = 0; first < now.active; first += tile_) {
         if (first > 0) this->load_input(now, before, first);
         multiply(s, before, now, first);
@@ -227,13 +240,14 @@ class Forward : ExchangedForwardUnits<Policy, kCell, kBlocks> {
         __syncthreads();  // and the sums have been read
         exchange_.publish(exchange_.slot_of(s), first, pass_size(now.active, first, tile_));
       }
-      if (s + 1 == p_.T) break;
+      if (s + 1 == end()) break;
       exchange_.announce(s, barrier);
       this->load_input(next, now, 0);
       exchange_.await(s, barrier);
       before = now;
       now = next;
     }
+    this->end_state();
   }
 
  private:

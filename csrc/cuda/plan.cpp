@@ -233,7 +233,7 @@ CudaPlan plan_cuda(const LayerShape& s, Precision precision, const GpuProperties
   CudaPlan best;
   double cost = 0;
   for (const auto& [units, launches] : kWays) {
-    if (launches > s.directions || (units == kNarrow && s.H > kMaxNarrow) ||
+    if (launches > (s.stacked ? 1 : s.directions) || (units == kNarrow && s.H > kMaxNarrow) ||
         (units == kWide && s.H > kMaxWide) ||
         (units == kLargeUnits && (!large || best.family != Family::stepwise)))
       continue;
@@ -256,6 +256,43 @@ CudaPlan plan_cuda(const LayerShape& s, Precision precision, const GpuProperties
   if (!forced && best.family != Family::stepwise && cost > other)
     return stepwise("predicted " + microseconds(other) + " a step, persistent " +
                     microseconds(cost));
+  return best;
+}
+
+StackPlan plan_cuda_stack(const LayerShape& s, int64_t layers, Precision precision,
+                          const GpuProperties& gpu, std::optional<Family> forced) {
+  constexpr int64_t kMaxChunks = 16;
+  // Of so many launches, of some steps each.
+  const auto predict = [&](LayerShape shape, const CudaPlan& plan, int64_t launches,
+                           int64_t steps) {
+    shape.T = steps;
+    const double step = predict_step(shape, precision, gpu, plan, false).total();
+    const double launch = plan.family == Family::stepwise ? 0 : kLaunchOfLoop;
+    return static_cast<double>(launches) * (static_cast<double>(steps) * step + launch);
+  };
+  StackPlan best;
+  best.us = predict(s, plan_cuda(s, precision, gpu, false, forced), layers, s.T);
+  best.us_in_turn = best.us;
+  if (s.directions > 1 || s.sizes_on_device || s.B == 0) return best;
+  LayerShape shape = s;
+  shape.stacked = true;
+  // Chunks are even, and there are as many as layers at once.
+  const int64_t most = std::min<int64_t>({layers, kMaxDirections, (s.T + 1) / 2});
+  for (int together = 2; together <= most; ++together) {
+    shape.directions = together;
+    StackPlan stack;
+    stack.us_in_turn = best.us_in_turn;
+    stack.together = together;
+    stack.plan = plan_cuda(shape, precision, gpu, false, forced);
+    if (stack.plan.family == Family::stepwise) continue;
+    for (int64_t chunks = together; chunks <= std::min(kMaxChunks, s.T); ++chunks) {
+      stack.chunk = round_up((s.T + chunks - 1) / chunks, 2);  // as windows want it
+      // A layer waits for the one below, and for the one that had its place.
+      if (stack.chunks(s.T) < together) continue;
+      stack.us = predict(shape, stack.plan, stack.launches(s.T, layers), stack.chunk);
+      if (stack.us < best.us) best = stack;
+    }
+  }
   return best;
 }
 

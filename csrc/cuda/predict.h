@@ -8,6 +8,10 @@
 
 namespace rnn_fused {
 
+// Microseconds that a launch of the persistent kernels takes besides its steps: a guess. It and the
+// product of its input are enqueued, weights are read, and blocks meet for the first time.
+constexpr double kLaunchOfLoop = 10;
+
 // Microseconds that a step of the whole batch, and of all directions, spends on each.
 struct StepCost {
   double waits = 0;    // launches, barriers, trips between SMs

@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "csrc/cuda/plan.h"
 #include "csrc/cuda/predict.h"
@@ -534,6 +535,84 @@ TEST_CASE("an empty batch has a plan") {
             CHECK(plan_cuda(shape(0, H, 1, Cell::lstm, dtype), Precision::exact, kH100, backward,
                             forced)
                       .blocks >= 0);
+}
+
+StackPlan stack(const LayerShape& s, int64_t layers, std::optional<Family> forced = {}) {
+  return plan_cuda_stack(s, layers, Precision::exact, kH100, forced);
+}
+
+// Every chunk of every layer once, behind those that it needs.
+void check_order(const StackPlan& how, int64_t T, int64_t layers) {
+  std::vector<int64_t> done(layers);  // chunks
+  for (int64_t launch = 0; launch < how.launches(T, layers); ++launch) {
+    std::vector<int64_t> before = done, running;
+    for (int64_t place = 0; place < how.together; ++place) {
+      const auto part = how.part(launch, place, T, layers);
+      if (!part) continue;
+      const auto [l, c] = *part;
+      CHECK(l % how.together == place);
+      CHECK(c == before[l]);
+      if (l > 0) CHECK(c < before[l - 1]);
+      ++done[l];
+      running.push_back(l);
+    }
+    CHECK(!running.empty());
+  }
+  for (int64_t chunks : done) CHECK(chunks == how.chunks(T));
+  for (int64_t place = 0; place < how.together; ++place)
+    CHECK(!how.part(how.launches(T, layers), place, T, layers));
+}
+
+TEST_CASE("layers of a stack run side by side where SMs are idle") {
+  for (Cell cell : {Cell::lstm, Cell::gru, Cell::rnn_tanh})
+    for (DType dtype : {DType::bf16, DType::f32, DType::f64})
+      for (int64_t layers : {1, 2, 3, 5, 8})
+        for (int64_t T : {1, 2, 7, 25, 100, 1000})
+          for (int64_t B : {0, 1, 16, 130})
+            for (int64_t H : {8, 256, 1024, 2056}) {
+              LayerShape s = shape(B, H, 1, cell, dtype);
+              s.T = T;
+              CAPTURE(cell);
+              CAPTURE(layers);
+              CAPTURE(T);
+              CAPTURE(H);
+              const StackPlan how = stack(s, layers);
+              CHECK(how.together >= 1);
+              CHECK(how.together <= std::min<int64_t>(layers, kMaxDirections));
+              if (how.together == 1) {
+                CHECK(how.us == how.us_in_turn);
+                continue;
+              }
+              CHECK(how.us < how.us_in_turn);
+              CHECK(how.chunk % 2 == 0);
+              CHECK(how.chunks(T) >= how.together);
+              CHECK(how.plan.family == Family::persistent);
+              CHECK(how.plan.launches == 1);
+              CHECK(how.plan.blocks % how.together == 0);
+              check_order(how, T, layers);
+              // A launch: large blocks write the weights that they stream in each.
+              s.T = how.chunk;
+              s.directions = how.together;
+              const auto launches = static_cast<double>(how.launches(T, layers));
+              const double us = static_cast<double>(s.T) * predicted(s, how.plan) + kLaunchOfLoop;
+              CHECK(how.us == doctest::Approx(launches * us));
+            }
+  LayerShape small = shape(16, 256);
+  small.T = 1000;
+  CHECK(stack(small, 4).together == 4);
+  CHECK(stack(small, 4).us < 0.4 * stack(small, 4).us_in_turn);
+  CHECK(stack(small, 2, Family::cluster).plan.family == Family::cluster);
+  // One layer takes the whole chip, or a launch costs more than it saves.
+  CHECK(stack(shape(64, 2048), 4).together == 1);
+  small.T = 4;
+  CHECK(stack(small, 2).together == 1);
+  // The layer above needs both directions of the one below, and chunks of as many rows as the host
+  // knows.
+  CHECK(stack(shape(16, 256, 2), 2).together == 1);
+  LayerShape ragged = shape(16, 256);
+  ragged.sizes_on_device = true;
+  CHECK(stack(ragged, 2).together == 1);
+  CHECK(stack(shape(16, 256), 2, Family::stepwise).together == 1);
 }
 
 TEST_CASE("the backward pass may have another plan than the forward pass") {

@@ -108,6 +108,20 @@ void check_case(const Case& c, uint64_t seed) {
     DeviceWorkspace workspace(persistent_workspace(plan, params, true));
     persistent_backward(plan, c.precision, params, workspace.get(), nullptr);
   };
+  // In windows of so many steps, one after the other.
+  const auto forward_in = [&](int64_t steps) {
+    return [&, steps](ForwardParams params) {
+      Array carried(DType::f32, l.lstm() ? l.B * l.H : 0);
+      ForwardDirection& only = params.direction[0];
+      only.carried_c = carried.at(0);
+      for (int64_t begin = 0; begin < l.T; begin += steps) {
+        only.steps_before = begin;
+        only.steps_after = std::max<int64_t>(l.T - begin - steps, 0);
+        if (begin > 0) only.h0 = only.h_n;
+        forward(params);
+      }
+    };
+  };
   const double tol = tolerance(c);
   // Few gates' gradients, rounded, may cancel each other.
   const double floor = c.dtype == DType::f32 ? 0 : roundoff(c.dtype) / 8;
@@ -120,10 +134,12 @@ void check_case(const Case& c, uint64_t seed) {
     if (order == 0 && c.H > 100) continue;  // takes its time
     CAPTURE(order);
     emulation::set_seed(order);
-    const Forward result = run_forward(l, c.save, products, forward);
-    check_close("output", result.output, expected.output, tol, floor);
     const int64_t window = order == 0 ? l.T : 1 + static_cast<int64_t>(seed % uint64_t(l.T));
     CAPTURE(window);
+    const int64_t even = l.directions == 2 ? l.T : window + window % 2;
+    const Forward result = even < l.T ? run_forward(l, c.save, products, forward_in(even))
+                                      : run_forward(l, c.save, products, forward);
+    check_close("output", result.output, expected.output, tol, floor);
     const Backward grads = run_backward(l, saved, upstream, backward, window);
     for (int d = 0; d < l.directions; ++d) {
       CAPTURE(d);
