@@ -206,23 +206,30 @@ def _how(plan: dict[str, Any], tf32: bool) -> str:
         weights = f"weights in shared memory{again * (streamed > 0)}"
     else:
         memory = f", the last {runs - resident} in shared memory" * (runs > resident)
-        weights = f"weights in registers ({plan['warps']} warps, {runs} runs each{memory})"
+        weights = (
+            f"weights in registers ({plan['warps']} warps, {_count(runs, 'run')} each{memory})"
+        )
     shared = f"{plan['shared_bytes']} bytes of shared memory{', TF32' * tf32}"
     if plan["family"] == "cluster":
         return (
-            f"cluster: {plan['blocks'] // plan['cluster']} clusters of {plan['cluster']} blocks of "
-            f"{plan['units']} hidden units, {weights}, {plan['batch_tile']} sequences each, "
-            f"{shared}"
+            f"cluster: {_count(plan['blocks'] // plan['cluster'], 'cluster')} of "
+            f"{_count(plan['cluster'], 'block')} of {plan['units']} hidden units, {weights}, "
+            f"{plan['batch_tile']} sequences each, {shared}"
         )
+    blocks = f"{_count(plan['blocks'], 'block')} of {plan['units']} hidden units"
     polling = " that hand off" * (plan["family"] == "handoff")
     divided = f" in clusters of {plan['cluster']} that divide the gates" * (plan["cluster"] > 1)
     tile = min(plan["batch_tile"], plan["slice"])
     in_turns = " for one direction after the other" * (plan["launches"] > 1)
     sliced = f", {plan['slices']} slices of up to {plan['slice']} sequences" * (plan["slices"] > 1)
     return (
-        f"persistent: {plan['blocks']} blocks of {plan['units']} hidden units{polling}{divided}"
-        f"{in_turns}{sliced}, {weights}, up to {tile} sequences a pass, {shared}"
+        f"persistent: {blocks}{polling}{divided}{in_turns}{sliced}, {weights}, up to {tile} "
+        f"sequences a pass, {shared}"
     )
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _predicted(step_us: dict[str, float]) -> str:

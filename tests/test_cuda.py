@@ -130,7 +130,11 @@ def test_shapes(
 @each_kind
 @each_family
 @each_precision
-@pytest.mark.parametrize("lengths", [None, (9, 9, 5, 4, 1)], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    "lengths",
+    [None, (9, 9, 5, 4, 1), (9,) * 18 + (6,) * 20 + (1, 1)],  # the last in slices
+    ids=["dense", "packed", "many packed"],
+)
 def test_resets(
     kind: str, family: str, precision: str, lengths: tuple[int, ...] | None, device: str
 ) -> None:

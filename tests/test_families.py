@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +44,26 @@ def test_explains_a_layer_on_a_gpu_that_is_not_there(gpu: str) -> None:
     text = rnn_fused.explain(layer, T=1000, B=16, device=gpu)
     assert f"on {gpu} (sm_" in text
     assert text.count("persistent: 64 blocks of 8 hidden units, weights in registers (8") == 2
+
+
+def test_explains_layers_side_by_side() -> None:
+    options: dict[str, Any] = {"num_layers": 4, "dtype": torch.bfloat16, "device": "meta"}
+    text = rnn_fused.explain(rnn_fused.LSTM(8, 256, **options), T=1000, B=16, device="H100")
+    *_, how, times = text.splitlines()
+    side = "  without gradients: 4 layers side by side, each 72 timesteps behind the one below: "
+    assert how.startswith(f"{side}persistent: 128 blocks of 8 hidden units, weights in registers (")
+    assert re.fullmatch(r" +predicted, .*: \d+ us for all layers' loops, \d+ us in turn", times)
+    guide = (Path(__file__).parents[1] / "docs/gpu.md").read_text()
+    assert f"{how}\n{times}\n" in guide
+    for layer in (
+        rnn_fused.LSTM(8, 256, dtype=torch.bfloat16, device="meta"),
+        rnn_fused.LSTM(8, 256, bidirectional=True, **options),
+        rnn_fused.LSTM(8, 2048, **options),
+    ):
+        assert "side" not in rnn_fused.explain(layer, T=1000, B=16, device="H100")
+    with rnn_fused.kernels("stepwise"):
+        layer = rnn_fused.LSTM(8, 256, **options)
+        assert "side" not in rnn_fused.explain(layer, T=1000, B=16, device="H100")
 
 
 def test_explains_where_weights_are_that_registers_have_no_room_for() -> None:

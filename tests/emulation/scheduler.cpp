@@ -245,6 +245,7 @@ class Residents {
 
  private:
   static void entry();
+  size_t able() const { return ready_.size() + spinning_.size(); }  // to go on, or to look again
   Fiber* take();
   Fiber& next();
   void switch_away(bool last);
@@ -332,7 +333,7 @@ void Residents::entry() {
 Fiber* Residents::take() {
   if (ready_.size() == 0) std::swap(ready_, spinning_);
   if (!shuffled_ || random_() % kRun > 0) return ready_.pop(0);
-  const uint64_t i = random_() % (ready_.size() + spinning_.size());
+  const uint64_t i = random_() % able();
   return i < ready_.size() ? ready_.pop(i) : spinning_.pop(i - ready_.size());
 }
 
@@ -357,7 +358,7 @@ Fiber& Residents::next() {
 // Goes on with a thread that can, or with run() where there is none or something is to be told.
 void Residents::switch_away(bool last) {
   Fiber& from = *self_;
-  const bool stuck = ready_.size() + spinning_.size() == 0 || idle_ > kIdleRounds * live_;
+  const bool stuck = able() == 0 || idle_ > kIdleRounds * live_;
   const bool stop = stuck || thrown_ || divergent_[0];
   if (stop) return from.context.switch_to(main_, last);
   Fiber& to = next();
@@ -378,7 +379,7 @@ void Residents::check_all_left() const {
   if (divergent_[0])
     throw Error("divergent barrier: one thread waits at ", divergent_[0]->place, ", another at ",
                 divergent_[1]->place, "\n", list());
-  if (live_ > 0 && ready_.size() + spinning_.size() == 0)
+  if (live_ > 0 && able() == 0)
     throw Error("deadlock: no thread can go on\n", list());
   if (live_ > 0) throw Error("endless spin: no thread makes progress\n", list());
   for (const auto& block : blocks_)
