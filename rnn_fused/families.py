@@ -30,8 +30,8 @@ def kernels(family: str) -> Iterator[None]:
     - "auto": the plan chooses, see `rnn_fused.explain`.
     - "stepwise": a product and a fused kernel for each timestep; any sizes, dtypes, projections.
     - "persistent": one launch for all timesteps, weights kept on the chip, or as many of them as it
-      holds; at most 32 hidden units to an SM, in exact float32 16 and H up to 2048 (an LSTM on an
-      H100: 1024).
+      holds; at most 32 hidden units to an SM, in exact float32 16 and H up to 2048 (on an H100 an
+      LSTM 1024, a GRU 1280).
     - "handoff": "persistent", but no step waits at a barrier of all blocks: each block polls for
       the values that it reads; at most 16 hidden units to an SM, H up to 2048.
     - "split": "persistent", but backward the blocks of a thread-block cluster divide the gates, so

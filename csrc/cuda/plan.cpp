@@ -262,6 +262,7 @@ CudaPlan plan_cuda(const LayerShape& s, Precision precision, const GpuProperties
 StackPlan plan_cuda_stack(const LayerShape& s, int64_t layers, Precision precision,
                           const GpuProperties& gpu, std::optional<Family> forced) {
   constexpr int64_t kMaxChunks = 16;
+  constexpr double kWorthIt = 0.95;
   // Of so many launches, of some steps each.
   const auto predict = [&](LayerShape shape, const CudaPlan& plan, int64_t launches,
                            int64_t steps) {
@@ -290,7 +291,7 @@ StackPlan plan_cuda_stack(const LayerShape& s, int64_t layers, Precision precisi
       // A layer waits for the one below, and for the one that had its place.
       if (stack.chunks(s.T) < together) continue;
       stack.us = predict(shape, stack.plan, stack.launches(s.T, layers), stack.chunk);
-      if (stack.us < best.us) best = stack;
+      if (stack.us < std::min(best.us, kWorthIt * best.us_in_turn)) best = stack;
     }
   }
   return best;

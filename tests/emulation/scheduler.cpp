@@ -379,8 +379,7 @@ void Residents::check_all_left() const {
   if (divergent_[0])
     throw Error("divergent barrier: one thread waits at ", divergent_[0]->place, ", another at ",
                 divergent_[1]->place, "\n", list());
-  if (live_ > 0 && able() == 0)
-    throw Error("deadlock: no thread can go on\n", list());
+  if (live_ > 0 && able() == 0) throw Error("deadlock: no thread can go on\n", list());
   if (live_ > 0) throw Error("endless spin: no thread makes progress\n", list());
   for (const auto& block : blocks_)
     for (const auto& [address, barrier] : block->transactions)
