@@ -307,6 +307,13 @@ def test_the_op_describes_itself(kind: str) -> None:
         torch.library.opcheck(library.stack_forward, op_arguments(cases))
 
 
+@own_ops
+def test_tracers_are_refused_what_is_no_stack() -> None:
+    arguments = op_arguments(stacked("gru"))
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="got 3 for"):
+        library.stack_forward(*arguments[:-1], 0)
+
+
 def test_the_op_refuses_what_is_no_stack() -> None:
     arguments = op_arguments(stacked("gru"))
     position = {"hx": 1, "weight_hh": 6, "resets": 11, "layers": 17}
@@ -324,8 +331,6 @@ def test_the_op_refuses_what_is_no_stack() -> None:
     refused(r"L\*D = 3, got shape \[3, 2\]", hx=arguments[1][..., 0])
     refused("weight_hh must hold as many tensors", weight_hh=arguments[6][:2])
     refused("resets must be bool", resets=torch.zeros(3, 2))
-    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="got 3 for"):
-        library.stack_forward(*arguments[:-1], 0)
     wide = [torch.zeros(18, 5, dtype=torch.float64), *arguments[6][1:]]
     refused(r"weight_hh must have shape \[G\*H, P\]", weight_hh=wide)
 
