@@ -42,6 +42,7 @@ def plan_cuda_stack(
     directions: int,
     allow_tf32: bool,
     gpu: tuple[int, int, int, int, int],
+    backward: bool,
     kernels: str,
     layers: int,
 ) -> dict[str, Any]: ...

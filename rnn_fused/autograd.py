@@ -2,12 +2,14 @@
 
 `LayerForward` and `LayerBackward` are what `ops.layer` runs in eager mode: autograd and the
 transforms of `torch.func` both understand an autograd.Function with `setup_context` and a `vmap`
-rule. The ops themselves carry the same formulas through `register_autograd`, for compilers and
-direct calls. Forward-mode AD runs the reference instead.
+rule. `StackForward` is what `ops.stack` runs, outside transforms. The layers' ops themselves carry
+the same formulas through `register_autograd`, for compilers and direct calls. Forward-mode AD runs
+the reference instead.
 
 A layer's *primals* are `input, hx, cx, reset_hx, reset_cx, *slots`, where the slots are its
 weights, field by field and direction by direction, None where absent: Functions take tensors as
-flat arguments. `sizes` (the ops' batch_sizes or lengths) and `resets` have no derivatives.
+flat arguments. Those of a stack have its states, and field by field the layers one after the other.
+`sizes` (the ops' batch_sizes or lengths) and `resets` have no derivatives.
 """
 
 from __future__ import annotations
@@ -104,6 +106,64 @@ class LayerForward(Function):
         return _fold_samples(info.batch_size, in_dims[5:8], how, input, hx, cx, slots)
 
 
+class StackForward(Function):
+    """`stack_forward`, differentiable to any order: what the layers are one by one."""
+
+    @staticmethod
+    def forward(
+        call: Call,
+        layers: int,
+        masks: Sequence[Tensor],
+        save_gates: bool,
+        save_cells: bool,
+        sizes: Tensor | None,
+        resets: Tensor | None,
+        *primals: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        *outputs, below, gates, cells = library.run(
+            library.stack_forward,
+            *(*primals[:STATES], *unflatten(primals[STATES:]), sizes, resets),
+            *(*call.arguments, layers, masks, save_gates, save_cells),
+        )
+        # Second derivatives come through `below`, the inputs of the layers above the first.
+        return *outputs, *below, *gates, *cells
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+        ctx.call, ctx.layers, masks, _, _, sizes, resets, *primals = inputs
+        output, _, c_n, *saved = outputs
+        ctx.primals = len(primals)
+        ctx.save_for_backward(sizes, resets, *primals, *masks, output, *saved)
+        absent = [c_n] if c_n.dim() == 1 else []
+        ctx.mark_non_differentiable(*saved[ctx.layers - 1 :], *absent)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed, layers = ctx.needs_input_grad[7:], ctx.layers
+        sizes, resets, *rest = ctx.saved_tensors
+        primals, rest = rest[: ctx.primals], rest[ctx.primals :]
+        rest, gates, cells = rest[: -2 * layers], rest[-2 * layers : -layers], rest[-layers:]
+        masks, output, below = rest[:-layers], rest[-layers], rest[len(rest) - layers + 1 :]
+        states, of_below = grads[:3], grads[3 : 2 + layers]
+        if _one_by_one(grads) or any(g is not None for g in of_below):
+            saved = [*zip([*below, output], gates, cells, strict=True)]
+            how = ctx.call, sizes, resets, saved, masks
+            gradients = _layers_in_turn(how, [*of_below, states[0]], states[1:], primals, needed)
+            return *(None,) * 7, *gradients
+        op = library.stack_backward
+        if not torch._C._autograd._get_current_graph_task_keep_graph() and _expendable(
+            gates + cells
+        ):
+            op = library.stack_backward_
+        *gradients, weights = library.run(
+            op,
+            *(*states, *primals[:STATES], *unflatten(primals[STATES:]), sizes, resets),
+            *(*ctx.call.arguments, layers, masks, output, below, gates, cells, *_needs(needed)),
+        )
+        return *(None,) * 7, *_placed((*gradients, *weights), primals, needed)
+
+
 class LayerBackward(Function):
     """`layer_backward`, differentiable to any order through the reference."""
 
@@ -169,25 +229,103 @@ def first_order(
 ) -> list[Tensor | None]:
     """The gradients of the primals that are needed, from those of LayerForward's outputs.
 
-    once: nobody else will see the saved gates, so that their memory may be overwritten. Subclasses
-    of Tensor, and modes that trace, get the op without mutation all the same.
+    once: nobody else will see the saved gates, so that their memory may be overwritten.
     """
-    sizes, resets, output, gates, cells, *primals = ctx.saved_tensors
+    return _layer_gradients(ctx.call, ctx.saved_tensors, grads, needed, once)
+
+
+def _layer_gradients(
+    call: Call, saved: Sequence[Any], grads: Slots, needed: Sequence[bool | None], once: bool
+) -> list[Tensor | None]:
+    """saved: as LayerForward saves it."""
+    sizes, resets, output, gates, cells, *primals = saved
     if forward_mode() or batched_grads(grads):
-        return reference_vjp(ctx.call, sizes, resets, _differentiable(grads), primals)
-    needs = bool(needed[0]), any(needed[1:STATES]), any(needed[STATES:])
-    differentiable = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-    how = ctx.call, *needs
+        return reference_vjp(call, sizes, resets, _differentiable(grads), primals)
+    how = call, *_needs(needed)
     tensors = sizes, resets, output, gates, cells, *_differentiable(grads), *primals
-    if differentiable:
+    if _differentiates():
         gradients = apply(LayerBackward, how, tensors)
-    elif once and type(gates) is Tensor and not torch._C._len_torch_dispatch_stack():
-        if gates.numel() > 0:
-            # Before, so that whoever sees them later, a second try after an error too, is told.
-            torch.autograd.graph.increment_version(gates)
+    elif once and _expendable([gates]):
         gradients = _run_backward(library.layer_backward_, *how, *tensors)
     else:
         gradients = LayerBackward.forward(*how, *tensors)
+    return _placed(gradients, primals, needed)
+
+
+def _layers_in_turn(
+    how: tuple[Call, Tensor | None, Tensor | None, Sequence[Any], Sequence[Tensor]],
+    grad_outputs: Slots,
+    grad_states: Slots,
+    primals: Slots,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of a stack's primals, from those of the outputs of all layers and of the final
+    states. how: the call, sizes, resets, what is saved of each layer, and masks."""
+    call, sizes, resets, saved, masks = how
+    layers, slots = len(saved), primals[STATES:]
+    size = len(slots) // FIELDS // layers  # D
+
+    def own(states: Slots, layer: int) -> list[Tensor | None]:
+        return [s if s is None else s[layer * size : (layer + 1) * size] for s in states]
+
+    places = [  # of the layers' own slots among those of the stack
+        [k + d for k in range(layer * size, len(slots), layers * size) for d in range(size)]
+        for layer in range(layers)
+    ]
+    of_states: list[Any] = []
+    of_slots: list[Tensor | None] = [None] * len(slots)
+    above: Tensor | None = None  # the gradient of a layer's input
+    for layer in reversed(range(layers)):
+        input: Any = primals[0] if layer == 0 else saved[layer - 1][0]
+        mask = masks[layer - 1] if masks and layer > 0 else None
+        if mask is not None:
+            input = input * mask
+        mine = [slots[place] for place in places[layer]]
+        tensors = sizes, resets, *saved[layer], input, *own(primals[1:STATES], layer), *mine
+        given = grad_outputs[layer]
+        total = above if given is None else given if above is None else given + above
+        grads = total, *own(grad_states, layer), None, None
+        wanted = [needed[STATES + place] for place in places[layer]]
+        wanted = [layer > 0 or needed[0], *needed[1:STATES], *wanted]
+        above, *gradients = _layer_gradients(call, tensors, grads, wanted, False)
+        if mask is not None and above is not None:
+            above = above * mask
+        of_states.insert(0, gradients[: STATES - 1])
+        for place, gradient in zip(places[layer], gradients[STATES - 1 :], strict=True):
+            of_slots[place] = gradient
+    states = [
+        torch.cat(parts) if need and parts[0] is not None else None
+        for need, parts in zip(needed[1:STATES], zip(*of_states, strict=True), strict=True)
+    ]
+    return [above, *states, *of_slots]
+
+
+def _one_by_one(grads: Slots) -> bool:
+    """Whether the backward pass of a stack is to be differentiated, or takes what no op does."""
+    return forward_mode() or batched_grads(grads) or _differentiates()
+
+
+def _differentiates() -> bool:
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
+def _needs(needed: Sequence[bool | None]) -> tuple[bool, bool, bool]:
+    """Of the primals: the input, states, weights."""
+    return bool(needed[0]), any(needed[1:STATES]), any(needed[STATES:])
+
+
+def _expendable(saved: Sequence[Any]) -> bool:
+    """Whether an op may mutate these, which nobody else will see. Subclasses of Tensor, and modes
+    that trace, get the op without mutation."""
+    if torch._C._len_torch_dispatch_stack() or any(type(x) is not Tensor for x in saved):
+        return False
+    # Before, so that whoever sees them later, a second try after an error too, is told.
+    torch.autograd.graph.increment_version([x for x in saved if x.numel() > 0])
+    return True
+
+
+def _placed(gradients: Slots, primals: Slots, needed: Sequence[bool | None]) -> list[Tensor | None]:
+    """An op's gradients, weights without those that are absent, as those of the primals."""
     weights = iter(gradients[STATES:])
     slots = [None if w is None else next(weights, None) for w in primals[STATES:]]
     return [

@@ -352,9 +352,9 @@ class FusedRNNBase(RNNBase):
 
         cell, options = self.mode.lower(), self._cell_options()
         drops = self.training and self.dropout > 0
-        primals = sequence, *(states or ()), *(reset_states or ())
         rows: Any = {"batch_sizes": batch_sizes, "lengths": lengths, "resets": resets}
         if packed:
+            primals = sequence, *(states or ()), *(reset_states or ())
             if not all_states and ops.runs_packed(*primals):
                 output, last = ops.packed_stack(
                     sequence,
@@ -369,12 +369,14 @@ class FusedRNNBase(RNNBase):
                 )
                 return output, last, []
             weights = self._weights_by_layer()
-        if self.num_layers > 1 and not (all_states or drops) and ops.runs_stack(primals, weights):
+        if self.num_layers > 1 and not all_states and ops.runs_stack(sequence, weights):
             output, last = ops.stack(
                 *(sequence, states, weights),
                 cell=cell,
                 reset_states=reset_states,
                 options=options,
+                dropout=self.dropout if drops else 0,
+                recompute=self.save == "recompute",
                 **rows,
             )
             return output, last, []

@@ -100,7 +100,9 @@ def explain(module: RNNBase | Frozen, T: int, B: int, *, device: str | Gpu | Non
         threads = min(torch.get_num_threads(), os.cpu_count() or 1)  # as the op takes them
         lines += _cpu(_C.plan_cpu(*layer, module.num_layers, threads), frozen)
     else:
-        lines += _cuda(layer, module.num_layers, _gpu(where, weight.device.index), weight.dtype)
+        gpu = _gpu(where, weight.device.index)
+        rebuilds = getattr(module, "save", "gates") == "recompute" and layer[0] in ("lstm", "gru")
+        lines += _cuda(layer, module.num_layers, gpu, weight.dtype, rebuilds)
     return "\n".join(lines)
 
 
@@ -148,7 +150,7 @@ def _cpu(plan: dict[str, int], frozen: bool) -> list[str]:
     return [f"  on the CPU ({_C.selected_isa()}): {threads}; weights {weights}"]
 
 
-def _cuda(layer: _Layer, layers: int, gpu: Gpu, dtype: torch.dtype) -> list[str]:
+def _cuda(layer: _Layer, layers: int, gpu: Gpu, dtype: torch.dtype, rebuilds: bool) -> list[str]:
     if gpu.compute_capability < 10 * families.OLDEST_CAPABILITY[0]:
         return [
             f"  on {gpu.name}: torch's own op, the GPU is too old (sm_{gpu.compute_capability})"
@@ -168,12 +170,16 @@ def _cuda(layer: _Layer, layers: int, gpu: Gpu, dtype: torch.dtype) -> list[str]
         lines.append(f"  {name}: {how}")
         if not cannot:
             lines.append(f"    {_predicted(plan['step_us'])}")
-    stack = plan_stack(layer, layers, gpu, tf32, kernels)
-    if stack["together"] > 1:
-        behind = f"each {stack['chunk']} timesteps behind the one below"
-        how = f"{stack['together']} layers side by side, {behind}: {_how(stack['plan'], tf32)}"
-        times = f"{stack['us']:.0f} us for all layers' loops, {stack['us_in_turn']:.0f} us in turn"
-        lines += [f"  without gradients: {how}", f"    predicted, not measured: {times}"]
+        if backward and rebuilds:
+            continue  # gates, layer after layer
+        stack = plan_stack(layer, layers, gpu, tf32, kernels, backward=backward)
+        if stack["together"] > 1:
+            other = "above" if backward else "below"
+            behind = f"each {stack['chunk']} timesteps behind the one {other}"
+            how = f"{stack['together']} layers side by side, {behind}: {_how(stack['plan'], tf32)}"
+            us, in_turn = stack["us"], stack["us_in_turn"]
+            times = f"{us:.0f} us for all layers' loops, {in_turn:.0f} us in turn"
+            lines += [f"  {name} of all layers: {how}", f"    predicted, not measured: {times}"]
     return lines
 
 
@@ -184,9 +190,11 @@ def cuda_plan(
     return _C.plan_cuda(*layer, tf32, _limits(gpu), backward, kernels)
 
 
-def plan_stack(layer: _Layer, layers: int, gpu: Gpu, tf32: bool, kernels: str) -> dict[str, Any]:
-    """How a stack of such layers runs forwards without gradients."""
-    return _C.plan_cuda_stack(*layer, tf32, _limits(gpu), kernels, layers)
+def plan_stack(
+    layer: _Layer, layers: int, gpu: Gpu, tf32: bool, kernels: str, *, backward: bool
+) -> dict[str, Any]:
+    """How a stack of such layers runs."""
+    return _C.plan_cuda_stack(*layer, tf32, _limits(gpu), backward, kernels, layers)
 
 
 def _limits(gpu: Gpu) -> tuple[int, int, int, int, int]:

@@ -48,6 +48,8 @@ stack_forward = torch.ops.rnn_fused.stack_forward.default
 stack_infer = torch.ops.rnn_fused.stack_infer.default
 layer_backward = torch.ops.rnn_fused.layer_backward.default
 layer_backward_ = torch.ops.rnn_fused.layer_backward_.default
+stack_backward = torch.ops.rnn_fused.stack_backward.default
+stack_backward_ = torch.ops.rnn_fused.stack_backward_.default
 
 
 def run(op: Callable[..., Any], *args: Any) -> Any:
@@ -115,15 +117,8 @@ def _fake_forward(
         h_n = hx.new_empty(hx.shape)
         c_n = input.new_empty(0) if cx is None else cx.new_empty(cx.shape)
     output = input.new_empty(*input.shape[:-1], directions * h_n.shape[-1])
-    if sizes is not None and input.dim() == 3:
-        raise RuntimeError(f"[{cell}] how much is saved of a padded batch depends on its lengths")
-    rows = input.shape[0] if sizes is not None else input.shape[0] * input.shape[1]
-    gates, cells = input.new_empty(0), input.new_empty(0, dtype=_state_dtype(input))
-    if save_gates and cell in ("lstm", "gru"):
-        gates = input.new_empty(directions, rows, 4, hidden)
-    if save_cells and cell == "lstm":
-        cells = cells.new_empty(directions, rows, hidden)
-    return output, h_n, c_n, gates, cells
+    saved = _fake_saved(cell, input, sizes, directions, hidden, save_gates, save_cells)
+    return output, h_n, c_n, *saved
 
 
 @torch.library.register_fake("rnn_fused::stack_forward")
@@ -143,10 +138,14 @@ def _fake_stack(
     cell: str,
     gate_slope: float,
     cell_clip: float | None,
+    grad_clip_value: float | None,
     kernels: str,
     allow_tf32: bool,
     layers: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    masks: Sequence[Tensor],
+    save_gates: bool,
+    save_cells: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     weights = *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr
     _check_devices(cell, input, hx, cx, reset_hx, reset_cx, resets, *weights)
     _check_batch(cell, input, hx, sizes)
@@ -158,7 +157,37 @@ def _fake_stack(
     hidden = weight_ih[0].shape[0] // GATES[cell]
     output_size = weight_hr[0].shape[0] if weight_hr else hidden
     directions = len(weight_ih) // layers
-    return _fake_results(cell, input, hx, layers, directions, hidden, output_size)
+    results = _fake_results(cell, input, hx, layers, directions, hidden, output_size)
+    if not (save_gates or save_cells):
+        return *results, [], [], []
+    gates, cells = zip(
+        *(
+            _fake_saved(cell, input, sizes, directions, hidden, save_gates, save_cells)
+            for _ in range(layers)
+        ),
+        strict=True,
+    )
+    return *results, [results[0].new_empty(results[0].shape) for _ in gates[1:]], [*gates], [*cells]
+
+
+def _fake_saved(
+    cell: str,
+    input: Tensor,
+    sizes: Tensor | None,
+    directions: int,
+    hidden: int,
+    save_gates: bool,
+    save_cells: bool,
+) -> tuple[Tensor, Tensor]:
+    if sizes is not None and input.dim() == 3:
+        raise RuntimeError(f"[{cell}] how much is saved of a padded batch depends on its lengths")
+    rows = input.shape[0] if sizes is not None else input.shape[0] * input.shape[1]
+    gates, cells = input.new_empty(0), input.new_empty(0, dtype=_state_dtype(input))
+    if save_gates and cell in ("lstm", "gru"):
+        gates = input.new_empty(directions, rows, 4, hidden)
+    if save_cells and cell == "lstm":
+        cells = cells.new_empty(directions, rows, hidden)
+    return gates, cells
 
 
 @torch.library.register_fake("rnn_fused::stack_infer")
@@ -232,18 +261,64 @@ def _fake_backward(
     need_state: bool,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    weights = [*weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr]
+    states = hx, cx, reset_hx, reset_cx
+    return _fake_gradients(input, states, weights, need_input, need_state, need_weights)
+
+
+@torch.library.register_fake("rnn_fused::stack_backward_")
+@torch.library.register_fake("rnn_fused::stack_backward")
+def _fake_stack_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    reset_hx: Tensor | None,
+    reset_cx: Tensor | None,
+    weight_ih: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    bias_ih: Sequence[Tensor],
+    bias_hh: Sequence[Tensor],
+    weight_hr: Sequence[Tensor],
+    sizes: Tensor | None,
+    resets: Tensor | None,
+    cell: str,
+    gate_slope: float,
+    cell_clip: float | None,
+    grad_clip_value: float | None,
+    kernels: str,
+    allow_tf32: bool,
+    layers: int,
+    masks: Sequence[Tensor],
+    output: Tensor,
+    below: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    cells: Sequence[Tensor],
+    need_input: bool,
+    need_state: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    weights = [*weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr]
+    states = hx, cx, reset_hx, reset_cx
+    return _fake_gradients(input, states, weights, need_input, need_state, need_weights)
+
+
+def _fake_gradients(
+    input: Tensor,
+    states: tuple[Tensor | None, ...],
+    weights: list[Tensor],
+    need_input: bool,
+    need_state: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     def gradient(like: Tensor | None, needed: bool) -> Tensor:
         return input.new_empty(like.shape if like is not None and needed else 0)
 
-    weights = [*weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr]
-    return (
-        gradient(input, need_input),
-        gradient(hx, need_state),
-        gradient(cx, need_state),
-        gradient(reset_hx, need_state),
-        gradient(reset_cx, need_state),
-        [gradient(w, True) for w in weights] if need_weights else [],
-    )
+    hx, cx, reset_hx, reset_cx = (gradient(state, need_state) for state in states)
+    of_weights = [gradient(w, True) for w in weights] if need_weights else []
+    return gradient(input, need_input), hx, cx, reset_hx, reset_cx, of_weights
 
 
 def _state_dtype(input: Tensor) -> torch.dtype:

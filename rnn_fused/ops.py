@@ -1,5 +1,5 @@
-"""`layer`: one recurrent layer, all its steps and directions, in one call of the fused op; and
-`stack` and `packed_stack`: for inference, all layers in one call."""
+"""`layer`: one recurrent layer, all its steps and directions, in one call of the fused op; `stack`:
+all layers in one call; and `packed_stack`: the same for inference, with packed weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import families, library, reference
-from .autograd import LayerForward, apply, flatten, forward_mode, join_directions
+from .autograd import LayerForward, StackForward, apply, flatten, forward_mode, join_directions
 from .ragged import host_knows, ragged
 from .reference import PLAIN, CellOptions, LayerOutputs, LayerWeights
 
@@ -114,7 +114,7 @@ def run_layer(
     device = _device(input)
     if device != "meta" and torch.is_autocast_enabled(device):
         primals = input, hx, cx, reset_hx, reset_cx
-        input, hx, cx, reset_hx, reset_cx, weights = _autocast(device, primals, weights)
+        (input, hx, cx, reset_hx, reset_cx), (weights,) = _autocast(device, primals, [weights])
     # torch.func's transforms inside a compiled region see neither Functions nor register_autograd.
     compiling = torch.compiler.is_compiling()
     transformed = torch._C._are_functorch_transforms_active()
@@ -182,10 +182,14 @@ def stack(
     resets: Tensor | None = None,
     reset_states: tuple[Tensor, ...] | None = None,
     options: CellOptions = PLAIN,
+    dropout: float = 0,
+    recompute: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Runs layers one on top of the other, without dropout, where `runs_stack`.
+    """Runs layers one on top of the other, where `runs_stack`.
 
     states, reset_states: (h,) or (h, c) of all layers, [L*D, B, P] and [L*D, B, H].
+    dropout: on the output of each layer but the last. The masks are those of F.dropout, layer by
+    layer, for contiguous outputs.
     The others as for `layer`.
 
     Returns:
@@ -196,32 +200,50 @@ def stack(
     """
     hx, cx, *_ = (*(states or ()), None, None)
     reset_hx, reset_cx, *_ = (*(reset_states or ()), None, None)
+    primals = input, hx, cx, reset_hx, reset_cx
+    device = _device(input)
+    if device != "meta" and torch.is_autocast_enabled(device):
+        primals, weights = _autocast(device, primals, weights)
     lists = [[w for of_layer in field for w in of_layer] for field in zip(*weights, strict=True)]
-    output, h_n, c_n = library.run(
-        library.stack_forward,
-        *(input, hx, cx, reset_hx, reset_cx, *lists),
-        *(batch_sizes if lengths is None else lengths, resets, cell, *options[:2]),
-        *_choice(_device(input), input.dtype, families),
-        len(weights),
-    )
+    sizes = batch_sizes if lengths is None else lengths
+    kernels, allow_tf32 = _choice(device, primals[0].dtype, families)
+    training = torch.is_grad_enabled() and _requires_grad(primals, weights[0])  # as all of them
+    masks = _masks(primals[0], weights, dropout) if dropout > 0 else []
+    how = len(weights), masks, training and not recompute, training
+    if training:
+        call = library.Call(cell, options, kernels, allow_tf32)
+        tensors = sizes, resets, *primals, *flatten(lists)
+        output, h_n, c_n, *_ = apply(StackForward, (call, *how), tensors)
+    else:
+        output, h_n, c_n, *_ = library.run(
+            library.stack_forward,
+            *(*primals, *lists, sizes, resets, cell, *options, kernels, allow_tf32, *how),
+        )
     return output, (h_n, c_n) if cell == "lstm" else (h_n,)
 
 
-def runs_stack(primals: tuple[Tensor, ...], weights: Sequence[LayerWeights]) -> bool:
-    """Whether `stack` runs these, an input and states: eagerly, where no gradients are recorded,
-    outside autocast, transforms, forward mode and torch.jit, on a device that has kernels."""
+def _masks(input: Tensor, weights: Sequence[LayerWeights], p: float) -> list[Tensor]:
+    """Of dropout on the outputs of all layers but the last."""
+    P = weights[0].weight_hh[0].size(1)
+    output = input.new_ones(*input.shape[:-1], len(weights[0].weight_ih) * P)
+    return [F.dropout(output, p) for _ in weights[1:]]
+
+
+def runs_stack(input: Tensor, weights: Sequence[LayerWeights]) -> bool:
+    """Whether `stack` runs these: eagerly, outside transforms, forward mode and torch.jit, on a
+    device that has kernels; with gradients of all weights or of none."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if torch._C._get_tracing_state() is not None:  # torch.jit empties lists that it calls ops with
         return False
-    if torch.is_grad_enabled() and any(_requires_grad(primals, layer) for layer in weights):
-        return False
-    device = _device(primals[0])
+    if torch.is_grad_enabled():
+        wanted = {w.requires_grad for layer in weights for field in layer for w in field}
+        if len(wanted) > 1:
+            return False
+    device = _device(input)
     if device == "cuda" and families.forced() == "cudnn":
         return False
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return False
-    return families.has_kernels(device, primals[0].device.index) and not forward_mode()
+    return families.has_kernels(device, input.device.index) and not forward_mode()
 
 
 def _device(x: Tensor) -> str:
@@ -329,15 +351,16 @@ def _requires_grad(primals: tuple[Tensor | None, ...], weights: LayerWeights) ->
 
 
 def _autocast(
-    device: str, primals: tuple[Tensor | None, ...], weights: LayerWeights
-) -> tuple[Any, ...]:
+    device: str, primals: tuple[Tensor | None, ...], weights: Sequence[LayerWeights]
+) -> tuple[Any, list[LayerWeights]]:
+    """These in the dtype of autocast; weights: of some layers."""
     dtype = torch.get_autocast_dtype(device)
 
     def cast(x: Tensor | None) -> Tensor | None:
         return x if x is None or x.dtype == torch.float64 else x.to(dtype)
 
-    fields = (tuple(cast(w) for w in field) for field in weights)
-    return *map(cast, primals), LayerWeights(*fields)  # type: ignore[arg-type]
+    layers: Any = [[tuple(cast(w) for w in field) for field in layer] for layer in weights]
+    return tuple(map(cast, primals)), [LayerWeights(*layer) for layer in layers]
 
 
 def _torch_layer(

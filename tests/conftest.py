@@ -35,8 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
     ops.takes_lengths = lambda *_: False  # type: ignore[assignment] # as CUDA, it has to be packed
     torch.ops.load_library(path)
-    for op in ("layer_forward", "layer_backward", "layer_backward_", "stack_forward"):
-        setattr(library, op, getattr(torch.ops.rnn_fused_emulated, op).default)
+    for op in ("forward", "backward", "backward_"):
+        for name in (f"layer_{op}", f"stack_{op}"):
+            setattr(library, name, getattr(torch.ops.rnn_fused_emulated, name).default)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

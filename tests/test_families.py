@@ -49,12 +49,20 @@ def test_explains_a_layer_on_a_gpu_that_is_not_there(gpu: str) -> None:
 def test_explains_layers_side_by_side() -> None:
     options: dict[str, Any] = {"num_layers": 4, "dtype": torch.bfloat16, "device": "meta"}
     text = rnn_fused.explain(rnn_fused.LSTM(8, 256, **options), T=1000, B=16, device="H100")
-    *_, how, times = text.splitlines()
-    side = "  without gradients: 4 layers side by side, each 72 timesteps behind the one below: "
-    assert how.startswith(f"{side}persistent: 128 blocks of 8 hidden units, weights in registers (")
-    assert re.fullmatch(r" +predicted, .*: \d+ us for all layers' loops, \d+ us in turn", times)
     guide = (Path(__file__).parents[1] / "docs/gpu.md").read_text()
-    assert f"{how}\n{times}\n" in guide
+    _, _, _, _, forward, times, _, _, backward, times_backward = text.splitlines()
+    side = "of all layers: 4 layers side by side, each 72 timesteps behind the one"
+    blocks = "blocks of 8 hidden units, weights in registers ("
+    assert forward.startswith(f"  forward {side} below: persistent: 128 {blocks}")
+    assert backward.startswith(f"  backward {side} above: persistent: ")
+    for how, predicted in ((forward, times), (backward, times_backward)):
+        line = r" +predicted, .*: \d+ us for all layers' loops, \d+ us in turn"
+        assert re.fullmatch(line, predicted)
+        assert f"{how}\n{predicted}\n" in guide
+    rebuilt = rnn_fused.LSTM(8, 256, save="recompute", **options)
+    text = rnn_fused.explain(rebuilt, T=1000, B=16, device="H100")
+    assert forward in text
+    assert "backward of all layers" not in text
     for layer in (
         rnn_fused.LSTM(8, 256, dtype=torch.bfloat16, device="meta"),
         rnn_fused.LSTM(8, 256, bidirectional=True, **options),

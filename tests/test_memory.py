@@ -37,13 +37,20 @@ def test_a_step_takes_what_is_counted_and_less_than_torch_nn(cell: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cell", "provider"),
-    [("gru", "rnn_fused"), ("gru", "rnn_fused recompute"), ("rnn_tanh", "rnn_fused")],
+    ("cell", "layers", "provider"),
+    [
+        ("gru", 1, "rnn_fused"),
+        ("gru", 1, "rnn_fused recompute"),
+        ("rnn_tanh", 1, "rnn_fused"),
+        ("lstm", 2, "rnn_fused"),
+        ("lstm", 3, "rnn_fused recompute"),
+        ("gru", 3, "rnn_fused"),
+    ],
 )
-def test_the_profiler_sees_what_is_counted(cell: str, provider: str) -> None:
+def test_the_profiler_sees_what_is_counted(cell: str, layers: int, provider: str) -> None:
     """Less the sums in float64, which are not torch's."""
-    found = memory.measure_counted(memory.build(case(cell), provider))
-    counted = footprint(case(cell), recompute="recompute" in provider)
+    found = memory.measure_counted(memory.build(case(cell, layers=layers), provider))
+    counted = footprint(case(cell, layers=layers), recompute="recompute" in provider)
     del counted["sums in float64"]
     assert found["counted_mb"] == pytest.approx(counted.total() * 1e-6, rel=0.02)
 
@@ -62,7 +69,8 @@ def test_count() -> None:
     assert units(case("lstm")) == 7  # output, four gates, c, the gradient of the input
     assert units(case("gru")) == 6
     assert units(case("rnn_tanh")) == 2 + window  # of the gradients of the pre-activations
-    assert units(case("lstm", layers=2)) == 13  # twice six, and the gradient of the input
+    assert units(case("lstm", layers=2)) == 12  # twice six; the gradient of the input replaces c
+    assert units(case("gru", layers=2)) == 11  # twice five, and the gradient of the input
     assert units(case("lstm"), recompute=True) == 3 + 4 * window
     assert units(case("lstm", layers=2), recompute=True) == 5 + 4 * window
     assert units(case("lstm", device=CUDA)) == 8  # h before each step

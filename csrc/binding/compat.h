@@ -127,6 +127,17 @@ inline Tensor part(const Tensor& t, int64_t first, int64_t count) {
   return Tensor(view);
 }
 
+// Leaves a tensor, whoever else holds it, without values and memory.
+inline void empty(const Tensor& t) { call<1>("aten::set_", "", {torch::stable::detail::from(t)}); }
+
+// out = a * b, so many elements of contiguous tensors from `first` on.
+inline void multiply(const Tensor& a, const Tensor& b, int64_t first, int64_t count,
+                     const Tensor& out) {
+  using torch::stable::detail::from;
+  const auto elements = [&](const Tensor& t) { return from(vector(t, count, first)); };
+  call<3>("aten::mul", "out", {elements(a), elements(b), elements(out)});
+}
+
 // out = a @ b, or out += a @ b.
 inline void matmul(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate = false) {
   using torch::stable::detail::from;

@@ -374,15 +374,17 @@ struct Layer : Sequences {
   }
 };
 
-// The arguments of a stack of layers, each over the output of the one below. Lists have D entries a
-// layer, one layer after the other, and states [L*D, B, ...]. The rest is checked layer by layer.
+// The arguments of a stack of layers, each over the output of the one below, times a mask where
+// there are any. Lists have D entries a layer, one layer after the other, and states [L*D, B, ...].
+// The rest is checked layer by layer.
 class Stack {
  public:
   Stack(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
         const OptionalTensor& reset_hx, const OptionalTensor& reset_cx, const Tensors& weight_ih,
         const Tensors& weight_hh, const Tensors& bias_ih, const Tensors& bias_hh,
         const Tensors& weight_hr, const OptionalTensor& sizes, const OptionalTensor& resets,
-        const std::string& cell, double gate_slope, std::optional<double> cell_clip, int64_t layers)
+        const std::string& cell, double gate_slope, std::optional<double> cell_clip,
+        std::optional<double> grad_clip, int64_t layers, const Tensors& masks)
       : input_(input),
         cell_(cell),
         layers_(layers),
@@ -399,21 +401,62 @@ class Stack {
         sizes_(sizes),
         resets_(resets ? OptionalTensor(as_contiguous(*resets)) : resets),
         gate_slope_(gate_slope),
-        cell_clip_(cell_clip) {}
+        cell_clip_(cell_clip),
+        grad_clip_(grad_clip),
+        masks_(masks) {
+    RNN_FUSED_CHECK(masks.empty() || static_cast<int64_t>(masks.size()) == layers - 1, "[", cell_,
+                    "] masks must hold one for each layer but the last, or none, got ",
+                    masks.size(), " for ", layers, " layers");
+  }
+
+  int64_t layers() const { return layers_; }
+  const std::string& cell() const { return cell_; }
 
   std::unique_ptr<Layer> layer(int64_t l, const Tensor& input) const {
     const auto own = [&](const Tensors& list) {
       const auto count = static_cast<int64_t>(list.size()) / layers_;
       return Tensors(list.begin() + l * count, list.begin() + (l + 1) * count);
     };
-    const auto states = [&](const OptionalTensor& t) {
-      const int64_t D = states_ / layers_;
-      return t ? OptionalTensor(part(*t, l * D, D)) : t;
-    };
-    return std::make_unique<Layer>(input, states(hx_), states(cx_), states(reset_hx_),
-                                   states(reset_cx_), own(weight_ih_), own(weight_hh_),
+    return std::make_unique<Layer>(input, of(hx_, l), of(cx_, l), of(reset_hx_, l),
+                                   of(reset_cx_, l), own(weight_ih_), own(weight_hh_),
                                    own(bias_ih_), own(bias_hh_), own(weight_hr_), sizes_, resets_,
-                                   cell_, gate_slope_, cell_clip_, std::nullopt);
+                                   cell_, gate_slope_, cell_clip_, grad_clip_);
+  }
+
+  // What falls on the output of layer l on its way up, if anything. like: that output, or its
+  // gradient.
+  OptionalTensor mask(int64_t l, const Tensor& like) const {
+    if (masks_.empty()) return {};
+    const Tensor& mask = masks_[l];
+    RNN_FUSED_CHECK(mask.sizes() == like.sizes() && mask.scalar_type() == like.scalar_type(), "[",
+                    cell_, "] masks must be like the outputs that they fall on, of shape ",
+                    shape_string(like.sizes()), ", got ",
+                    torch::headeronly::toString(mask.scalar_type()), " of shape ",
+                    shape_string(mask.sizes()));
+    check_device(mask, "masks");
+    return as_contiguous(mask);
+  }
+  // The input of layer l + 1, from the output of layer l.
+  Tensor above(int64_t l, const Tensor& output) const {
+    const OptionalTensor mask = this->mask(l, output);
+    if (!mask) return output;
+    const Tensor input = allocate(output, {output.sizes().begin(), output.sizes().end()});
+    multiply(as_contiguous(output), *mask, 0, output.numel(), input);
+    return input;
+  }
+
+  // States, or gradients of states, of all layers; and those of one of them.
+  OptionalTensor state(const OptionalTensor& t, const char* what) const {
+    if (!t) return t;
+    RNN_FUSED_CHECK(t->dim() == 3 && t->size(0) == states_, "[", cell_, "] ", what,
+                    " must have 3 dimensions [L*D, B, ...], L*D = ", states_, ", got shape ",
+                    shape_string(t->sizes()));
+    check_device(*t, what);
+    return as_contiguous(*t);
+  }
+  OptionalTensor of(const OptionalTensor& states, int64_t l) const {
+    const int64_t D = states_ / layers_;
+    return states ? OptionalTensor(part(*states, l * D, D)) : states;
   }
 
  private:
@@ -423,14 +466,6 @@ class Stack {
                     tensors.size(), " for ", layers_);
     for (const Tensor& t : tensors) check_device(t, what);
     return tensors;
-  }
-  OptionalTensor state(const OptionalTensor& t, const char* what) const {
-    if (!t) return t;
-    RNN_FUSED_CHECK(t->dim() == 3 && t->size(0) == states_, "[", cell_, "] ", what,
-                    " must have 3 dimensions [L*D, B, ...], L*D = ", states_, ", got shape ",
-                    shape_string(t->sizes()));
-    check_device(*t, what);
-    return as_contiguous(*t);
   }
   // Before any layer runs.
   void check_device(const Tensor& t, const char* what) const {
@@ -445,7 +480,8 @@ class Stack {
   const Tensors &weight_ih_, &weight_hh_, &bias_ih_, &bias_hh_, &weight_hr_;
   const OptionalTensor sizes_, resets_;
   const double gate_slope_;
-  const std::optional<double> cell_clip_;
+  const std::optional<double> cell_clip_, grad_clip_;
+  const Tensors& masks_;
 };
 
 }  // namespace rnn_fused

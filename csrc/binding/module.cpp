@@ -132,18 +132,18 @@ py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T,
 
 py::dict cuda_stack_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B,
                          int64_t H, int64_t P, int directions, bool allow_tf32, const Gpu& gpu,
-                         const std::string& kernels, int64_t layers) {
+                         bool backward, const std::string& kernels, int64_t layers) {
   LayerShape shape = layer_shape(cell, dtype, T, B, H, P, directions);
   const Precision precision = allow_tf32 ? Precision::tf32 : Precision::exact;
   const StackPlan stack =
-      plan_cuda_stack(shape, layers, precision, properties(gpu), forced_family(kernels));
+      plan_cuda_stack(shape, layers, precision, properties(gpu), backward, forced_family(kernels));
   shape.directions = stack.together;
   py::dict result;
   result["together"] = stack.together;
   result["chunk"] = stack.chunk;
   result["us"] = stack.us;
   result["us_in_turn"] = stack.us_in_turn;
-  result["plan"] = as_dict(shape, precision, gpu, stack.plan, false);
+  result["plan"] = as_dict(shape, precision, gpu, stack.plan, backward);
   return result;
 }
 

@@ -83,21 +83,24 @@ StackTensors stack_forward(Tensor input, OptionalTensor hx, OptionalTensor cx,
                            OptionalTensor reset_hx, OptionalTensor reset_cx, Tensors weight_ih,
                            Tensors weight_hh, Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
                            OptionalTensor sizes, OptionalTensor resets, std::string cell,
-                           double gate_slope, std::optional<double> cell_clip, std::string,
-                           bool allow_tf32, int64_t layers) {
+                           double gate_slope, std::optional<double> cell_clip,
+                           std::optional<double> grad_clip, std::string, bool allow_tf32,
+                           int64_t layers, Tensors masks, bool save_gates, bool save_cells) {
   const Stack stack(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
-                    weight_hr, sizes, resets, cell, gate_slope, cell_clip, layers);
-  Tensor output = input;
+                    weight_hr, sizes, resets, cell, gate_slope, cell_clip, grad_clip, layers,
+                    masks);
+  StackResults results = {save_gates || save_cells, input};
   std::optional<FinalStates> final;
   for (int64_t l = 0; l < layers; ++l) {
-    const std::unique_ptr<Layer> layer = stack.layer(l, output);
+    const std::unique_ptr<Layer> layer =
+        stack.layer(l, l == 0 ? input : stack.above(l - 1, results.output));
     layer->shape.split = allow_tf32 && can_split(layer->shape);
     if (!final) final.emplace(*layer, layers);
-    const ForwardPass pass(*layer, false, false, false, final->of(*layer, l), layer->N);
+    const ForwardPass pass(*layer, save_gates, save_cells, false, final->of(*layer, l), layer->N);
     run_forward(*layer, pass);
-    output = pass.output;
+    results.add(pass);
   }
-  return {output, final->h_n, final->c_n};
+  return results.tensors(*final);
 }
 
 Tensor pack_weights(Tensors weight_ih, Tensors weight_hh, Tensors bias_ih, Tensors bias_hh,
@@ -172,11 +175,12 @@ struct PackedLayers : Sequences {
   }
 };
 
-StackTensors stack_infer(Tensor input, OptionalTensor hx, OptionalTensor cx,
-                         OptionalTensor reset_hx, OptionalTensor reset_cx, Tensors packed,
-                         OptionalTensor sizes, OptionalTensor resets, std::string cell,
-                         int64_t hidden_size, int64_t output_size, double gate_slope,
-                         std::optional<double> cell_clip) {
+std::tuple<Tensor, Tensor, Tensor> stack_infer(Tensor input, OptionalTensor hx, OptionalTensor cx,
+                                               OptionalTensor reset_hx, OptionalTensor reset_cx,
+                                               Tensors packed, OptionalTensor sizes,
+                                               OptionalTensor resets, std::string cell,
+                                               int64_t hidden_size, int64_t output_size,
+                                               double gate_slope, std::optional<double> cell_clip) {
   const PackedLayers stack(input, hx, cx, reset_hx, reset_cx, packed, sizes, resets, cell,
                            hidden_size, output_size, gate_slope, cell_clip);
   const LayerShape& s = stack.shape;
@@ -324,8 +328,39 @@ void input_gradient(const Layer& layer, const BackwardPass& pass, const Window& 
   cpu_input_gradient(selected_isa(), params, torch_threads());
 }
 
-// kOverwriteGates: of the saved gates nothing is left but their memory.
-template <bool kOverwriteGates>
+Gradients run_backward(const Layer& layer, const BackwardPass& pass, bool need_input,
+                       bool need_weights) {
+  Gradients grads(layer, pass, need_weights);
+  for (int64_t k = 0; k < pass.windows(); ++k) {
+    const Window window = pass.window(k);
+    std::vector<Operands> operands;
+    const bool needed = pass.rebuild_gates || need_input || need_weights;
+    for (int d = 0; needed && d < window.directions; ++d) {
+      operands.emplace_back(layer, window, d);
+      if (pass.rebuild_gates && window.count(d) > 0) rebuild_gates(layer, window, d, operands[d]);
+    }
+    if (layer.shape.B > 0) cpu_backward(selected_isa(), window, torch_threads());
+    if (k == 0) {
+      pass.spend_cells();
+      grads.make_input(layer, pass, need_input);
+    }
+    // Directions that come to the same rows in the same window are one product.
+    const int together = pass.adds_to_input() ? 1 : window.directions;
+    for (int d = 0; d < window.directions; ++d) {
+      if (!needed || window.count(d) == 0) continue;
+      if (need_input && d % together == 0)
+        input_gradient(layer, pass, window, d, together, operands[d], grads.input);
+      if (need_weights) weight_gradients(layer, pass, window, d, operands[d], grads);
+    }
+  }
+  if (need_input && layer.has_tail()) zero_known_tail(layer, grads.input, 1, layer.I);
+  if (need_input && layer.padded) zero_padding(layer, grads.input, layer.I);
+  pass.spend();
+  grads.round_sums();
+  return grads;
+}
+
+template <Reuse kReuse>
 BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h_n,
                                OptionalTensor grad_c_n, OptionalTensor grad_cells, Tensor input,
                                OptionalTensor hx, OptionalTensor cx, OptionalTensor reset_hx,
@@ -339,31 +374,43 @@ BackwardTensors layer_backward(OptionalTensor grad_output, OptionalTensor grad_h
   Layer layer(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr,
               sizes, resets, cell, gate_slope, cell_clip, grad_clip);
   layer.shape.split = allow_tf32 && can_split(layer.shape);
-  const BackwardPass pass(layer, grad_output, grad_h_n, grad_c_n, grad_cells, output, gates, cells,
-                          kOverwriteGates, true);
-  const Gradients grads(layer, pass, need_input, need_weights);
-  for (int64_t k = 0; k < pass.windows(); ++k) {
-    const Window window = pass.window(k);
-    std::vector<Operands> operands;
-    const bool needed = pass.rebuild_gates || need_input || need_weights;
-    for (int d = 0; needed && d < window.directions; ++d) {
-      operands.emplace_back(layer, window, d);
-      if (pass.rebuild_gates && window.count(d) > 0) rebuild_gates(layer, window, d, operands[d]);
-    }
-    if (layer.shape.B > 0) cpu_backward(selected_isa(), window, torch_threads());
-    // Directions that come to the same rows in the same window are one product.
-    const int together = pass.adds_to_input() ? 1 : window.directions;
-    for (int d = 0; d < window.directions; ++d) {
-      if (!needed || window.count(d) == 0) continue;
-      if (need_input && d % together == 0)
-        input_gradient(layer, pass, window, d, together, operands[d], grads.input);
-      if (need_weights) weight_gradients(layer, pass, window, d, operands[d], grads);
-    }
+  const StateGradients states(layer);
+  const BackwardPass pass(layer, states, {grad_output, grad_h_n, grad_c_n, grad_cells},
+                          {output, gates, cells}, kReuse, true);
+  return backward_results({run_backward(layer, pass, need_input, need_weights)}, states,
+                          need_state && hx.has_value(), need_state && reset_hx.has_value());
+}
+
+template <Reuse kReuse>
+BackwardTensors stack_backward(OptionalTensor grad_output, OptionalTensor grad_h_n,
+                               OptionalTensor grad_c_n, Tensor input, OptionalTensor hx,
+                               OptionalTensor cx, OptionalTensor reset_hx, OptionalTensor reset_cx,
+                               Tensors weight_ih, Tensors weight_hh, Tensors bias_ih,
+                               Tensors bias_hh, Tensors weight_hr, OptionalTensor sizes,
+                               OptionalTensor resets, std::string cell, double gate_slope,
+                               std::optional<double> cell_clip, std::optional<double> grad_clip,
+                               std::string, bool allow_tf32, int64_t layers, Tensors masks,
+                               Tensor output, Tensors below, Tensors gates, Tensors cells,
+                               bool need_input, bool need_state, bool need_weights) {
+  const Stack stack(input, hx, cx, reset_hx, reset_cx, weight_ih, weight_hh, bias_ih, bias_hh,
+                    weight_hr, sizes, resets, cell, gate_slope, cell_clip, grad_clip, layers,
+                    masks);
+  const StackBackward backward(stack, input, {grad_output, grad_h_n, grad_c_n, {}}, output, below,
+                               gates, cells);
+  std::unique_ptr<Layer> layer;
+  std::optional<StateGradients> states;
+  std::vector<Gradients> grads;
+  for (int64_t l = layers - 1; l >= 0; --l) {
+    layer = backward.layer(l);
+    layer->shape.split = allow_tf32 && can_split(layer->shape);
+    if (!states) states.emplace(*layer, layers);
+    const BackwardPass pass(*layer, states->of(*layer, l), backward.upstream(l, grad_output),
+                            backward.saved(l), kReuse, true);
+    grads.insert(grads.begin(), run_backward(*layer, pass, l > 0 || need_input, need_weights));
+    if (l > 0) grad_output = backward.below(l, std::move(grads[0].input));
   }
-  if (need_input && layer.has_tail()) zero_known_tail(layer, grads.input, 1, layer.I);
-  if (need_input && layer.padded) zero_padding(layer, grads.input, layer.I);
-  return grads.results(layer, pass, need_state && hx.has_value(),
-                       need_state && reset_hx.has_value());
+  return backward_results(grads, *states, need_state && hx.has_value(),
+                          need_state && reset_hx.has_value());
 }
 
 }  // namespace
@@ -373,8 +420,10 @@ STABLE_TORCH_LIBRARY_IMPL(rnn_fused, CPU, m) {
   m.impl("stack_infer", TORCH_BOX(&stack_infer));
   m.impl("layer_forward", TORCH_BOX(&layer_forward));
   m.impl("stack_forward", TORCH_BOX(&stack_forward));
-  m.impl("layer_backward", TORCH_BOX(&layer_backward<false>));
-  m.impl("layer_backward_", TORCH_BOX(&layer_backward<true>));
+  m.impl("layer_backward", TORCH_BOX(&layer_backward<Reuse::none>));
+  m.impl("layer_backward_", TORCH_BOX(&layer_backward<Reuse::gates>));
+  m.impl("stack_backward", TORCH_BOX(&stack_backward<Reuse::none>));
+  m.impl("stack_backward_", TORCH_BOX(&stack_backward<Reuse::all>));
 }
 
 }  // namespace rnn_fused

@@ -35,6 +35,14 @@ inline void zero_known_tail(const Sequences& batch, const Tensor& t, int64_t mat
 
 using ForwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// That a layer has the sizes of the others of its stack, for which there is room.
+inline void check_alike(const Layer& layer, int64_t l, const Tensor& h, const Tensor& c) {
+  const LayerShape& s = layer.shape;
+  RNN_FUSED_CHECK(s.P == h.size(2) && (!layer.lstm() || s.H == c.size(2)), "[", layer.name,
+                  "] the layers of a stack must have the same sizes, got H = ", s.H, ", P = ", s.P,
+                  " in layer ", l, " and P = ", h.size(2), " in another");
+}
+
 // The final states of a layer, [D, B, ...], or of a stack of so many like it.
 struct FinalStates {
   Tensor h_n, c_n;
@@ -45,10 +53,7 @@ struct FinalStates {
 
   // Of layer l of the stack.
   FinalStates of(const Layer& layer, int64_t l) const {
-    const LayerShape& s = layer.shape;
-    RNN_FUSED_CHECK(s.P == h_n.size(2) && (!layer.lstm() || s.H == c_n.size(2)), "[", layer.name,
-                    "] the layers of a stack must have the same sizes, got H = ", s.H,
-                    ", P = ", s.P, " in layer ", l, " and P = ", h_n.size(2), " in the first");
+    check_alike(layer, l, h_n, c_n);
     FinalStates own = *this;
     own.h_n = part(h_n, l * layer.D(), layer.D());
     if (layer.lstm()) own.c_n = part(c_n, l * layer.D(), layer.D());
@@ -127,7 +132,29 @@ struct ForwardPass {
   int64_t room_;
 };
 
-using StackTensors = std::tuple<Tensor, Tensor, Tensor>;
+// Of a stack: what its passes return, and what they save of each layer: the outputs of all but the
+// last, gates and cells, or nothing.
+using StackTensors = std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors>;
+
+struct StackResults {
+  bool saves;
+  Tensor output;  // of the layer that was added last
+  Tensors below = {}, gates = {}, cells = {};
+
+  void add(const ForwardPass& pass) {
+    if (saves) {
+      if (!gates.empty()) below.push_back(output);
+      const ForwardTensors results = pass.results();
+      gates.push_back(std::get<3>(results));
+      cells.push_back(std::get<4>(results));
+    }
+    output = pass.output;
+  }
+
+  StackTensors tensors(const FinalStates& final) const {
+    return {output, final.h_n, final.c_n, below, gates, cells};
+  }
+};
 
 using BackwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors>;
 
@@ -136,6 +163,48 @@ struct Window : BackwardParams {
   Range rows[2];
 
   int64_t count(int d) const { return rows[d].end - rows[d].begin; }
+  // Where they begin in the window's own memory.
+  int64_t own_row(int d) const { return rows[d].begin - direction[d].first_row; }
+};
+
+// What the forward pass of a layer left, and the gradients of its results.
+struct Saved {
+  Tensor output, gates, cells;
+};
+// What becomes of the gates and cells: they are there afterwards; the gates have those of their
+// gradients in their place; or nothing is left of either, since their memory is given back as soon
+// as nothing reads it.
+enum class Reuse { none, gates, all };
+struct Upstream {
+  OptionalTensor output, h_n, c_n, cells;
+};
+
+// The gradients of the initial states of a layer, [D, B, ...], or of a stack of so many like it.
+struct StateGradients {
+  Tensor hx, cx;
+  OptionalTensor reset_hx, reset_cx;  // in the accumulation type
+
+  explicit StateGradients(const Layer& layer, int64_t layers = 1) {
+    const std::vector<int64_t> h = {layers * layer.D(), layer.shape.B, layer.shape.P};
+    const std::vector<int64_t> c = {layers * layer.D(), layer.shape.B, layer.shape.H};
+    hx = allocate(layer.input, h);
+    cx = layer.allocate_if(layer.lstm(), c);
+    const ScalarType sums = layer.cell_dtype();
+    if (layer.resets) reset_hx = allocate_zeros(layer.input, h, sums);
+    if (layer.reset_cx) reset_cx = allocate_zeros(layer.input, c, sums);
+  }
+
+  // Of layer l of the stack.
+  StateGradients of(const Layer& layer, int64_t l) const {
+    check_alike(layer, l, hx, cx);
+    const auto own = [&](const Tensor& t) { return part(t, l * layer.D(), layer.D()); };
+    StateGradients states = *this;
+    states.hx = own(hx);
+    if (layer.lstm()) states.cx = own(cx);
+    if (reset_hx) states.reset_hx = own(*reset_hx);
+    if (reset_cx) states.reset_cx = own(*reset_cx);
+    return states;
+  }
 };
 
 struct BackwardPass {
@@ -144,27 +213,25 @@ struct BackwardPass {
   OptionalTensor grad_output, grad_h_n, grad_c_n, grad_cells;
   // [D, M, ...], of one window after the other.
   Tensor grad_gates, grad_projected, hidden;
-  Tensor grad_hx, grad_cx;
-  OptionalTensor grad_reset_hx, grad_reset_cx;  // in the accumulation type
-  Tensor carried_dh, carried_dc;                // between windows
+  StateGradients states;
+  OptionalTensor carried_dh, carried_dc;  // between windows
 
-  // overwrite_gates: of the saved gates nothing is left but their memory. windowed: the loop is
-  // divided wherever that takes less memory, not only where gates are rebuilt.
-  BackwardPass(const Layer& layer, const OptionalTensor& grad_output_,
-               const OptionalTensor& grad_h_n_, const OptionalTensor& grad_c_n_,
-               const OptionalTensor& grad_cells_, const Tensor& output_, const Tensor& gates_,
-               const Tensor& cells_, bool overwrite_gates, bool windowed)
-      : layer_(layer) {
+  // windowed: the loop is divided wherever that takes less memory, not only where gates are
+  // rebuilt.
+  BackwardPass(const Layer& layer, const StateGradients& states_, const Upstream& upstream,
+               const Saved& saved, Reuse reuse, bool windowed)
+      : states(states_), layer_(layer), saved_(saved), reuse_(reuse) {
     const LayerShape& s = layer.shape;
     const int64_t D = layer.D(), N = layer.N, H = s.H;
+    const auto& [output_, gates_, cells_] = saved_;
     output = layer.checked(output_, "output", layer.rows_shape(D * s.P), "[..., D*P]");
-    const bool saved = gates_.dim() != 1;
-    if (!layer.rnn() && saved)
+    const bool has_gates = gates_.dim() != 1;
+    if (!layer.rnn() && has_gates)
       gates = layer.checked(gates_, "gates", {D, N, layer.S(), H},
                             "[D, N, 4, H] (saved by the forward pass)");
-    rebuild_gates = !layer.rnn() && !saved && layer.rows > 0;
+    rebuild_gates = !layer.rnn() && !has_gates && layer.rows > 0;
     // Every loop reads the gates of a row and unit where it then writes their gradients.
-    const bool in_place = overwrite_gates && gates.defined();
+    const bool in_place = reuse != Reuse::none && gates.defined();
     gates_are_grads_ = in_place || rebuild_gates;
     divide(in_place || !(windowed || rebuild_gates) || s.sizes_on_device);
     if (in_place) room_ = N;
@@ -176,33 +243,42 @@ struct BackwardPass {
                       " values, got ", shape_string(cells_.sizes()));
       cells = as_contiguous(cells_);
     }
-    if (grad_cells_) {
-      RNN_FUSED_CHECK(layer.lstm() && grad_cells_->sizes() == cells_.sizes() &&
-                          grad_cells_->scalar_type() == layer.cell_dtype() &&
-                          layer.same_device(*grad_cells_),
+    if (const OptionalTensor& given = upstream.cells) {
+      RNN_FUSED_CHECK(layer.lstm() && given->sizes() == cells_.sizes() &&
+                          given->scalar_type() == layer.cell_dtype() && layer.same_device(*given),
                       "[", layer.name, "] grad_cells must be like the cells of an LSTM, got shape ",
-                      shape_string(grad_cells_->sizes()));
-      grad_cells = as_contiguous(*grad_cells_);
+                      shape_string(given->sizes()));
+      grad_cells = as_contiguous(*given);
     }
     const auto gradient = [&](const OptionalTensor& t, const char* what,
                               std::vector<int64_t> sizes) {
       return t ? layer.checked(*t, what, sizes, "") : OptionalTensor();
     };
-    grad_output = gradient(grad_output_, "grad_output", layer.rows_shape(D * s.P));
-    grad_h_n = gradient(grad_h_n_, "grad_h_n", {D, s.B, s.P});
-    if (layer.lstm()) grad_c_n = gradient(grad_c_n_, "grad_c_n", {D, s.B, H});
+    grad_output = gradient(upstream.output, "grad_output", layer.rows_shape(D * s.P));
+    grad_h_n = gradient(upstream.h_n, "grad_h_n", {D, s.B, s.P});
+    if (layer.lstm()) grad_c_n = gradient(upstream.c_n, "grad_c_n", {D, s.B, H});
 
     grad_projected = layer.allocate_if(s.projected(), {D, room_, s.P});
     hidden = layer.allocate_if(s.projected(), {D, room_, H});
-    grad_hx = allocate(layer.input, {D, s.B, s.P});
-    grad_cx = layer.allocate_if(layer.lstm(), {D, s.B, H});
-    const ScalarType sums = layer.cell_dtype();
-    if (layer.resets) grad_reset_hx = allocate_zeros(layer.input, {D, s.B, s.P}, sums);
-    if (layer.reset_cx) grad_reset_cx = allocate_zeros(layer.input, {D, s.B, H}, sums);
-    if (several()) {
-      carried_dh = allocate(layer.input, {D, s.B, s.P}, sums);
-      carried_dc = layer.allocate_if(layer.lstm(), {D, s.B, H}, sums);
-    }
+    if (several()) carry();
+  }
+
+  // Behind the whole loop, and behind all that follows.
+  void spend_cells() const {
+    if (reuse_ == Reuse::all && !several() && layer_.lstm()) empty(saved_.cells);
+  }
+  void spend() const {
+    if (reuse_ != Reuse::all) return;
+    if (layer_.lstm()) empty(saved_.cells);
+    if (gates.defined()) empty(saved_.gates);
+  }
+
+  // For a loop in windows, or in chunks.
+  void carry() {
+    const LayerShape& s = layer_.shape;
+    const ScalarType sums = layer_.cell_dtype();
+    carried_dh = allocate(layer_.input, {layer_.D(), s.B, s.P}, sums);
+    if (layer_.lstm()) carried_dc = allocate(layer_.input, {layer_.D(), s.B, s.H}, sums);
   }
 
   int64_t windows() const { return static_cast<int64_t>(borders_.size()) - 1; }
@@ -214,7 +290,7 @@ struct BackwardPass {
   Window window(int64_t k) const {
     const LayerShape& s = layer_.shape;
     const int64_t N = layer_.N, H = s.H, SH = layer_.S() * H;
-    Window w{{s, {}, layer_.D() * s.P, borders_[k], s.T - borders_[k + 1]}, {}};
+    Window w{{s, {}, layer_.D() * s.P}, {}};
     const auto given = [](bool there, const Tensor& t) {
       return there ? OptionalTensor(t) : OptionalTensor();
     };
@@ -222,7 +298,9 @@ struct BackwardPass {
     const OptionalTensor saved_cells = given(layer_.lstm(), cells);
     const OptionalTensor saved_output = output;
     for (int d = 0; d < s.directions; ++d) {
-      w.rows[d] = rows_of(w.timesteps(d));
+      w.direction[d].steps_before = borders_[k];
+      w.direction[d].steps_after = s.T - borders_[k + 1];
+      w.rows[d] = several() ? rows_of(w.timesteps(d)) : Range{0, layer_.rows};
       w.direction[d] = {layer_.direction(d),
                         gates_are_grads_ ? at(grad_gates, d * room_ * SH)
                                          : at(saved_gates, (d * N + w.rows[d].begin) * SH),
@@ -235,14 +313,25 @@ struct BackwardPass {
                         at(grad_gates, d * room_ * SH),
                         s.projected() ? at(grad_projected, d * room_ * s.P) : nullptr,
                         s.projected() ? at(hidden, d * room_ * H) : nullptr,
-                        at(grad_hx, d * s.B * s.P),
-                        layer_.lstm() ? at(grad_cx, d * s.B * H) : nullptr,
-                        grad_reset_hx ? at(*grad_reset_hx, d * s.B * s.P) : nullptr,
-                        grad_reset_cx ? at(*grad_reset_cx, d * s.B * H) : nullptr,
+                        at(states.hx, d * s.B * s.P),
+                        layer_.lstm() ? at(states.cx, d * s.B * H) : nullptr,
+                        states.reset_hx ? at(*states.reset_hx, d * s.B * s.P) : nullptr,
+                        states.reset_cx ? at(*states.reset_cx, d * s.B * H) : nullptr,
                         w.rows[d].begin,
-                        several() ? at(carried_dh, d * s.B * s.P) : nullptr,
-                        several() && layer_.lstm() ? at(carried_dc, d * s.B * H) : nullptr};
+                        borders_[k],
+                        s.T - borders_[k + 1],
+                        carried_dh ? at(*carried_dh, d * s.B * s.P) : nullptr,
+                        carried_dc ? at(*carried_dc, d * s.B * H) : nullptr};
     }
+    return w;
+  }
+
+  // Some steps of the only direction and window, whose memory has all rows.
+  Window chunk(Range steps) const {
+    Window w = window(0);
+    w.direction[0].steps_before = steps.begin;
+    w.direction[0].steps_after = w.T - steps.end;
+    w.rows[0] = rows_of(w.timesteps(0));
     return w;
   }
 
@@ -251,7 +340,6 @@ struct BackwardPass {
 
  private:
   Range rows_of(Range timesteps) const {
-    if (!several()) return {0, layer_.rows};
     const auto start = [&](int64_t t) {
       return t < layer_.shape.T ? layer_.shape.row(t) : layer_.rows;
     };
@@ -282,6 +370,8 @@ struct BackwardPass {
   }
 
   const Layer& layer_;
+  const Saved saved_;
+  const Reuse reuse_;
   std::vector<int64_t> borders_;  // steps at which a window begins, and T
   int64_t room_ = 0;              // M: the rows of the largest window
   bool gates_are_grads_ = false;  // whose memory they share
@@ -294,12 +384,10 @@ struct Gradients {
   Tensor input;
   Tensors ih, hh, bias_ih, bias_hh, hr;
 
-  Gradients(const Layer& layer, const BackwardPass& pass, bool need_input, bool need_weights)
+  Gradients(const Layer& layer, const BackwardPass& pass, bool need_weights)
       : dtype_(layer.dtype()) {
     const LayerShape& s = layer.shape;
     const int64_t D = layer.D(), GH = layer.G() * s.H;
-    input = layer.allocate_if(need_input, layer.rows_shape(layer.I));
-    if (pass.adds_to_input()) torch::stable::zero_(input);
     if (!need_weights) return;
     const auto gradient = [&](const std::vector<int64_t>& sizes) {
       if (pass.several()) return allocate_zeros(layer.input, sizes, layer.cell_dtype());
@@ -316,35 +404,102 @@ struct Gradients {
     }
   }
 
-  // The operator's results, of which the caller wants some. No two of them share memory.
-  BackwardTensors results(const Layer& layer, const BackwardPass& pass, bool need_state,
-                          bool need_reset_state) const {
-    const auto given = [&](bool needed, const Tensor& grad) {
-      return needed ? grad : layer.allocate_if(false, {});
-    };
-    const auto rounded = [&](const OptionalTensor& sums) {
-      return sums && need_reset_state ? torch::stable::to(*sums, dtype_)
-                                      : layer.allocate_if(false, {});
-    };
-    return {input,
-            given(need_state, pass.grad_hx),
-            given(need_state, pass.grad_cx),
-            rounded(pass.grad_reset_hx),
-            rounded(pass.grad_reset_cx),
-            weights()};
+  // Best behind the loop, when cells have given their memory back.
+  void make_input(const Layer& layer, const BackwardPass& pass, bool needed) {
+    input = layer.allocate_if(needed, layer.rows_shape(layer.I));
+    if (pass.adds_to_input()) torch::stable::zero_(input);
+  }
+
+  // What several windows added up, in the type of the weights.
+  void round_sums() {
+    for (const auto list : kFields)
+      for (Tensor& t : this->*list)
+        if (t.scalar_type() != dtype_) t = torch::stable::to(t, dtype_);
+  }
+
+  // Those of weights, in the order of the operator's arguments.
+  static constexpr Tensors Gradients::* kFields[] = {
+      &Gradients::ih, &Gradients::hh, &Gradients::bias_ih, &Gradients::bias_hh, &Gradients::hr};
+
+ private:
+  ScalarType dtype_;
+};
+
+// The operators' results, of which the caller wants some. No two of them share memory. layers: the
+// gradients of each.
+inline BackwardTensors backward_results(const std::vector<Gradients>& layers,
+                                        const StateGradients& states, bool need_state,
+                                        bool need_reset_state) {
+  const auto given = [&](bool needed, const Tensor& grad) {
+    return needed ? grad : allocate(states.hx, {0});
+  };
+  const auto rounded = [&](const OptionalTensor& sums) {
+    return sums && need_reset_state ? torch::stable::to(*sums, states.hx.scalar_type())
+                                    : allocate(states.hx, {0});
+  };
+  Tensors weights;
+  for (const auto list : Gradients::kFields)
+    for (const Gradients& gradients : layers)
+      weights.insert(weights.end(), (gradients.*list).begin(), (gradients.*list).end());
+  return {layers[0].input,          given(need_state, states.hx), given(need_state, states.cx),
+          rounded(states.reset_hx), rounded(states.reset_cx),     weights};
+}
+
+// The backward passes of a stack's layers, from the last to the first.
+class StackBackward {
+ public:
+  // upstream: of the last output and of the states of all layers.
+  StackBackward(const Stack& stack, const Tensor& input, const Upstream& upstream,
+                const Tensor& output, const Tensors& below, const Tensors& gates,
+                const Tensors& cells)
+      : stack_(stack),
+        input_(input),
+        grad_h_n_(stack.state(upstream.h_n, "grad_h_n")),
+        grad_c_n_(stack.state(upstream.c_n, "grad_c_n")),
+        output_(output),
+        below_(checked(below, "below", stack.layers() - 1)),
+        gates_(checked(gates, "gates", stack.layers())),
+        cells_(checked(cells, "cells", stack.layers())) {
+    for (const Tensor& t : gates)
+      RNN_FUSED_CHECK((t.dim() == 1) == (gates[0].dim() == 1), "[", stack.cell(),
+                      "] gates must be saved of all layers or of none, got shapes ",
+                      shape_string(gates[0].sizes()), " and ", shape_string(t.sizes()));
+  }
+
+  int64_t layers() const { return stack_.layers(); }
+  std::unique_ptr<Layer> layer(int64_t l) const {
+    return stack_.layer(l, l == 0 ? input_ : stack_.above(l - 1, below_[l - 1]));
+  }
+  // The gradient of the output below layer l, in the place of that of the layer's input.
+  Tensor below(int64_t l, Tensor grad_input) const {
+    if (const OptionalTensor mask = this->mask(l))
+      multiply(grad_input, *mask, 0, grad_input.numel(), grad_input);
+    return grad_input;
+  }
+  // What lies between.
+  OptionalTensor mask(int64_t l) const {
+    return l == 0 ? OptionalTensor() : stack_.mask(l - 1, below_[l - 1]);
+  }
+  Saved saved(int64_t l) const {
+    return {l + 1 == layers() ? output_ : below_[l], gates_[l], cells_[l]};
+  }
+  Upstream upstream(int64_t l, const OptionalTensor& grad_output) const {
+    return {grad_output, stack_.of(grad_h_n_, l), stack_.of(grad_c_n_, l), {}};
   }
 
  private:
-  // In the order of the operator's arguments.
-  Tensors weights() const {
-    Tensors tensors;
-    for (const Tensors* list : {&ih, &hh, &bias_ih, &bias_hh, &hr})
-      for (const Tensor& t : *list)
-        tensors.push_back(t.scalar_type() == dtype_ ? t : torch::stable::to(t, dtype_));
-    return tensors;
+  const Tensors& checked(const Tensors& list, const char* what, int64_t count) const {
+    RNN_FUSED_CHECK(static_cast<int64_t>(list.size()) == count, "[", stack_.cell(), "] ", what,
+                    " must hold ", count, " tensors for the layers of the stack, got ",
+                    list.size());
+    return list;
   }
 
-  ScalarType dtype_;
+  const Stack& stack_;
+  const Tensor& input_;
+  const OptionalTensor grad_h_n_, grad_c_n_;
+  const Tensor& output_;
+  const Tensors &below_, &gates_, &cells_;
 };
 
 }  // namespace rnn_fused

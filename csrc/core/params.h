@@ -180,6 +180,8 @@ struct BackwardDirection : DirectionWeights {
   void* grad_reset_h = nullptr;  // [B, P]
   void* grad_reset_c = nullptr;  // [B, H]; LSTM only
   int64_t first_row = 0;         // the first of the M rows
+  // Steps that other calls make; 0: the window is everything. Those of a layer's directions alike.
+  int64_t steps_before = 0, steps_after = 0;
   // dh and dc in the accumulation type, from the window before and to the window after this one.
   void* carried_dh = nullptr;  // [B, P]
   void* carried_dc = nullptr;  // [B, H]; LSTM only
@@ -188,13 +190,15 @@ struct BackwardDirection : DirectionWeights {
 // A call runs a window of the loop's steps; step s undoes the last step but s of the forward pass.
 // The steps of a window may have their gates, and the gradients of these, in memory of their own.
 struct BackwardParams : LayerShape {
-  BackwardDirection direction[2];
-  int64_t output_stride;                      // elements between rows of output and grad_output
-  int64_t steps_before = 0, steps_after = 0;  // which other calls make; 0: the window is everything
+  BackwardDirection direction[kMaxDirections];
+  int64_t output_stride;  // elements between rows of output and grad_output
 
-  RNN_FUSED_HD Range steps() const { return {steps_before, T - steps_after}; }
+  RNN_FUSED_HD Range steps(int d) const {
+    return {direction[d].steps_before, T - direction[d].steps_after};
+  }
   RNN_FUSED_HD Range timesteps(int d) const {
-    return d == 0 ? Range{steps_after, T - steps_before} : steps();
+    const Range s = steps(d);
+    return reverse(d) ? s : Range{T - s.end, T - s.begin};
   }
 };
 

@@ -45,11 +45,11 @@ class Backward {
   }
 
   void run() {
-    run_team(p_, p_.steps(), schedule_, host_, dir_[0].weights.panel_count(), *this);
+    run_team(p_, p_.steps(0), schedule_, host_, dir_[0].weights.panel_count(), *this);
     for (int d = 0; d < p_.directions; ++d) {
       const Direction& dir = dir_[d];
-      put(dir.dh, Pp_, p_.P, dir.grad_h0, dir.carried_dh);
-      if constexpr (kLstm) put(dir.dc, Hp_, p_.H, dir.grad_c0, dir.carried_dc);
+      put(dir, dir.dh, Pp_, p_.P, dir.grad_h0, dir.carried_dh);
+      if constexpr (kLstm) put(dir, dir.dc, Hp_, p_.H, dir.grad_c0, dir.carried_dc);
     }
   }
 
@@ -89,9 +89,9 @@ class Backward {
     static_cast<BackwardDirection&>(dir) = p_.direction[d];
     dir.weights = {dir.weight_hh, p_.P, K_, schedule_.pack};
     for (auto& operand : dir.gate_operand) operand = Buffer<Operand<T>>::zeros(p_.B * Kp_);
-    dir.dh = take(Pp_, p_.P, dir.grad_h_n, dir.carried_dh);
+    dir.dh = take(dir, Pp_, p_.P, dir.grad_h_n, dir.carried_dh);
     if constexpr (kLstm) {
-      dir.dc = take(Hp_, p_.H, dir.grad_c_n, dir.carried_dc);
+      dir.dc = take(dir, Hp_, p_.H, dir.grad_c_n, dir.carried_dc);
       if (p_.projected()) {
         dir.projection = {dir.weight_hr, p_.H, p_.P, schedule_.pack};
         dir.projection.pack(0, dir.projection.panel_count());
@@ -102,9 +102,10 @@ class Backward {
   }
 
   // dh or dc before the window's first step: the caller's, or what the window before left.
-  Buffer<A> take(int64_t ld, int64_t columns, const void* grad_n, const void* carried) const {
+  Buffer<A> take(const BackwardDirection& dir, int64_t ld, int64_t columns, const void* grad_n,
+                 const void* carried) const {
     Buffer<A> gradient = Buffer<A>::zeros(p_.B * ld);
-    if (p_.steps_before > 0)
+    if (dir.steps_before > 0)
       copy_matrix<A>(carried, p_.B, columns, gradient.get(), ld);
     else
       copy_matrix<T>(grad_n, p_.B, columns, gradient.get(), ld, p_.order);
@@ -112,9 +113,9 @@ class Backward {
   }
 
   // And after its last one.
-  void put(const Buffer<A>& gradient, int64_t ld, int64_t columns, void* grad_0,
-           void* carried) const {
-    if (p_.steps_after > 0)
+  void put(const BackwardDirection& dir, const Buffer<A>& gradient, int64_t ld, int64_t columns,
+           void* grad_0, void* carried) const {
+    if (dir.steps_after > 0)
       copy_back<A>(gradient.get(), ld, p_.B, columns, carried);
     else
       copy_back<T>(gradient.get(), ld, p_.B, columns, grad_0, p_.order);

@@ -52,9 +52,9 @@ class ClusterBackward : BackwardUnits<Policy, kCell, kUnits> {
   }
 
   __device__ __forceinline__ void run() {
-    const bool down = direction_ == 0;
+    const bool down = !p_.reverse(direction_);
     const auto step = [&](int64_t s) { return slice_.step_at(down, s); };
-    const auto [begin, end] = cluster_steps(p_, down, slice_, p_.steps());
+    const auto [begin, end] = cluster_steps(p_, down, slice_, p_.steps(direction_));
     Step now = step(begin), next = step(begin + 1);
     if (threadIdx.x == 0 && begin < end) {
       parts_.begin();

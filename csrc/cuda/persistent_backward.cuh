@@ -166,7 +166,7 @@ class BackwardUnits {
   using Resets = SequenceBits<kUnits>;
   __device__ Resets resets() const { return resets_; }
   __device__ Resets resets(Step step, Step before, int first) const {
-    return reset_sequences<kUnits>(p_, direction_ == 0 ? step : before, first,
+    return reset_sequences<kUnits>(p_, p_.reverse(direction_) ? before : step, first,
                                    pass_size(step.active, first, tile_));
   }
 
@@ -195,12 +195,12 @@ class BackwardUnits {
 
   // dh or dc before the window's first step: the caller's, or what the window before left.
   __device__ float begin(const void* grad_n, const void* carried, int64_t i) const {
-    if (p_.steps_before > 0) return static_cast<const float*>(carried)[i];
+    if (dir_.steps_before > 0) return static_cast<const float*>(carried)[i];
     return value_or_zero<T>(grad_n, i);
   }
   // And after its last one.
   __device__ void leave(float gradient, void* grad_0, void* carried, int64_t i) const {
-    if (p_.steps_after > 0)
+    if (dir_.steps_after > 0)
       static_cast<float*>(carried)[i] = gradient;
     else
       static_cast<T*>(grad_0)[i] = static_cast<T>(gradient);
@@ -314,8 +314,8 @@ class Backward : ExchangedBackwardUnits<Policy, kCell, kBlocks> {
             })) {}
 
   __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
-    const bool down = direction_ == 0;
-    const auto [begin, end] = p_.steps();
+    const bool down = !p_.reverse(direction_);
+    const auto [begin, end] = p_.steps(direction_);
     Step now = slice_.step_at(down, begin), next = slice_.step_at(down, begin + 1);
     this->load_saved(now, next, 0);
     for (int64_t s = begin; s < end; ++s) {

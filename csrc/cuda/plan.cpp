@@ -260,19 +260,19 @@ CudaPlan plan_cuda(const LayerShape& s, Precision precision, const GpuProperties
 }
 
 StackPlan plan_cuda_stack(const LayerShape& s, int64_t layers, Precision precision,
-                          const GpuProperties& gpu, std::optional<Family> forced) {
+                          const GpuProperties& gpu, bool backward, std::optional<Family> forced) {
   constexpr int64_t kMaxChunks = 16;
   constexpr double kWorthIt = 0.95;
   // Of so many launches, of some steps each.
   const auto predict = [&](LayerShape shape, const CudaPlan& plan, int64_t launches,
                            int64_t steps) {
     shape.T = steps;
-    const double step = predict_step(shape, precision, gpu, plan, false).total();
+    const double step = predict_step(shape, precision, gpu, plan, backward).total();
     const double launch = plan.family == Family::stepwise ? 0 : kLaunchOfLoop;
     return static_cast<double>(launches) * (static_cast<double>(steps) * step + launch);
   };
   StackPlan best;
-  best.us = predict(s, plan_cuda(s, precision, gpu, false, forced), layers, s.T);
+  best.us = predict(s, plan_cuda(s, precision, gpu, backward, forced), layers, s.T);
   best.us_in_turn = best.us;
   if (s.directions > 1 || s.sizes_on_device || s.B == 0) return best;
   LayerShape shape = s;
@@ -284,7 +284,7 @@ StackPlan plan_cuda_stack(const LayerShape& s, int64_t layers, Precision precisi
     StackPlan stack;
     stack.us_in_turn = best.us_in_turn;
     stack.together = together;
-    stack.plan = plan_cuda(shape, precision, gpu, false, forced);
+    stack.plan = plan_cuda(shape, precision, gpu, backward, forced);
     if (stack.plan.family == Family::stepwise) continue;
     for (int64_t chunks = together; chunks <= std::min(kMaxChunks, s.T); ++chunks) {
       stack.chunk = round_up((s.T + chunks - 1) / chunks, 2);  // as windows want it

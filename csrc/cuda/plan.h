@@ -57,9 +57,10 @@ inline int64_t slice_count(const CudaPlan& plan, const LayerShape& shape) {
 CudaPlan plan_cuda(const LayerShape& shape, Precision precision, const GpuProperties& gpu,
                    bool backward, std::optional<Family> forced = {});
 
-// How the forward pass of a stack runs whose layers have one direction and save nothing. `together`
-// layers are side by side in one launch, as directions of one layer are, each a chunk of timesteps
-// behind the one below; a launch runs a chunk of each. 1: layer after layer, by plans of their own.
+// How a pass of a stack runs whose layers have one direction. `together` layers are side by side in
+// one launch, as directions of one layer are, each a chunk of timesteps behind the one below, or
+// backward the one above; a launch runs a chunk of each. 1: layer after layer, by plans of their
+// own.
 struct StackPlan {
   int together = 1;
   int64_t chunk = 0;  // timesteps
@@ -67,8 +68,8 @@ struct StackPlan {
   // Predicted, of the loops of all layers: this way, and layer after layer.
   double us = 0, us_in_turn = 0;
 
-  // Where they are side by side. Layer l has place l % together, when the layer before it there is
-  // done and a launch behind the layer below.
+  // Where they are side by side. Layer l, backward counted from the last, has place l % together,
+  // when the layer before it there is done and a launch behind layer l - 1.
   int64_t chunks(int64_t T) const { return (T + chunk - 1) / chunk; }
   int64_t launches(int64_t T, int64_t layers) const {
     return (layers - 1) / together * chunks(T) + (layers - 1) % together + chunks(T);
@@ -87,7 +88,8 @@ struct StackPlan {
 
 // Side by side only in the persistent kernels, where that is predicted to be faster by a twentieth.
 StackPlan plan_cuda_stack(const LayerShape& shape, int64_t layers, Precision precision,
-                          const GpuProperties& gpu, std::optional<Family> forced = {});
+                          const GpuProperties& gpu, bool backward,
+                          std::optional<Family> forced = {});
 
 // Clusters of so many blocks, one block to an SM, that run at once. A cluster lies within a GPC,
 // which has 16 SMs or a few more: predicted, not measured.

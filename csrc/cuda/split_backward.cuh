@@ -47,17 +47,18 @@ class SplitBackward : ExchangedBackwardUnits<Policy, kCell, kBlocks> {
   }
 
   __device__ __forceinline__ void run(gpu::GridBarrier barrier) {
-    const bool down = direction_ == 0;
-    const auto [begin, end] = p_.steps();
+    const bool down = !p_.reverse(direction_);
+    const int64_t begin = dir_.steps_before;
+    const auto end = [&] { return p_.T - dir_.steps_after; };  // no register has room for it
     Step now = slice_.step_at(down, begin), next = slice_.step_at(down, begin + 1);
     // Everybody's transactions can be counted.
     gpu::cluster_arrive();
     this->load_saved(now, next, 0);
     gpu::cluster_wait();
     uint32_t pass = 0;  // of all steps: it sends by buffer pass % 2, the (pass / 2)-th transaction
-    for (int64_t s = begin; s < end; ++s) {
+    for (int64_t s = begin; s < end(); ++s) {
       const Step after = slice_.step_at(down, s + 2);
-      auto resets = this->exchange(s - begin, s + 1 == end, now, next, after, barrier);
+      auto resets = this->exchange(s - begin, s + 1 == end(), now, next, after, barrier);
       for (int first = 0; first < now.active; first += tile_, ++pass) {
         const int buffer = pass % 2, rows = pass_size(now.active, first, tile_);
         if (first > 0) {

@@ -240,7 +240,7 @@ class Backward {
   }
 
   void run() {
-    const Range steps = p_.steps();
+    const Range steps = p_.steps(0);
     for (int d = 0; d < p_.directions; ++d) begin(d);
     for (int64_t s = steps.begin; s < steps.end; ++s)
       for (int d = 0; d < p_.directions; ++d) step(d, d == 0 ? p_.T - 1 - s : s);
@@ -251,22 +251,24 @@ class Backward {
   void begin(int d) {
     const BackwardDirection& dir = p_.direction[d];
     const Workspace& w = workspaces_[d];
-    take(dir.grad_h_n, dir.carried_dh, p_.P, w.dh);
-    if constexpr (kLstm) take(dir.grad_c_n, dir.carried_dc, p_.H, w.dc);
+    take(dir, dir.grad_h_n, dir.carried_dh, p_.P, w.dh);
+    if constexpr (kLstm) take(dir, dir.grad_c_n, dir.carried_dc, p_.H, w.dc);
     if constexpr (kGru) fill(w.direct, 0, p_.B * p_.H * sizeof(A), stream_);
   }
 
   // dh or dc before the window's first step: the caller's, or what the window before left.
-  void take(const void* grad_n, const void* carried, int64_t columns, A* gradient) const {
-    if (p_.steps_before > 0)
+  void take(const BackwardDirection& dir, const void* grad_n, const void* carried, int64_t columns,
+            A* gradient) const {
+    if (dir.steps_before > 0)
       convert(static_cast<const A*>(carried), columns, gradient, columns, p_.B, columns, stream_);
     else
       convert(static_cast<const T*>(grad_n), columns, gradient, columns, p_.B, columns, stream_);
   }
 
   // And after its last one: a + b, which may be null.
-  void leave(const A* a, const A* b, int64_t columns, void* grad_0, void* carried) const {
-    if (p_.steps_after > 0)
+  void leave(const BackwardDirection& dir, const A* a, const A* b, int64_t columns, void* grad_0,
+             void* carried) const {
+    if (dir.steps_after > 0)
       add(Sum<A, A, A>{p_.B, columns, a, columns, b, columns, static_cast<A*>(carried), columns},
           stream_);
     else
@@ -356,8 +358,8 @@ class Backward {
   void end(int d) {
     const BackwardDirection& dir = p_.direction[d];
     const Workspace& w = workspaces_[d];
-    leave(w.dh, w.direct, p_.P, dir.grad_h0, dir.carried_dh);
-    if constexpr (kLstm) leave(w.dc, nullptr, p_.H, dir.grad_c0, dir.carried_dc);
+    leave(dir, w.dh, w.direct, p_.P, dir.grad_h0, dir.carried_dh);
+    if constexpr (kLstm) leave(dir, w.dc, nullptr, p_.H, dir.grad_c0, dir.carried_dc);
   }
 
   const BackwardParams& p_;

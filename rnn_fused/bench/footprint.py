@@ -23,7 +23,8 @@ def footprint(case: Case, *, recompute: bool = False) -> Counter[str]:
     beyond the input, the weights and the output's gradient. recompute: with `save="recompute"`.
 
     For dense layers of one direction with biases and without a projection, whose gradients are all
-    wanted. Leaves out what has the size of a timestep or of the caches, and packed weights.
+    wanted. Leaves out what has the size of a timestep or of the caches, and packed weights; and, of
+    layers that run side by side on CUDA, that all of them are there until they are done.
     """
     problem, on_cuda = case.problem, case.device.type == "cuda"
     size = case.dtype.itemsize
@@ -50,18 +51,24 @@ def footprint(case: Case, *, recompute: bool = False) -> Counter[str]:
     def weights(layer: int) -> int:
         return gates * problem.H * ((problem.H if layer else problem.I) + problem.H + 2)
 
-    def backward(layer: int) -> Counter[str]:
-        """While the gradients of one layer are computed; those above it have theirs."""
+    # A stack's call gives back the cells of a layer behind its loop; one layer's leaves them there.
+    spends = problem.layers > 1 and windows == 1
+
+    def backward(layer: int, behind: bool) -> Counter[str]:
+        """While the gradients of one layer are computed, in its loop or behind it; those above it
+        have theirs."""
         top = layer == problem.layers - 1
         several_blocks = steps * problem.B > ROWS_OF_A_BLOCK and not on_cuda
+        cells = layer + (not (spends and behind))
+        of_input = rows * (problem.H if layer else problem.I) * size
         return Counter(
             {
-                "output": h * (layer + (1 if top else 2)),  # the caller keeps the last one
+                "output": h * problem.layers,
                 "gates": h * saved * (layer + 1),
-                "cells": rows * problem.H * max(4, size) * (layer + 1) * (problem.cell == "lstm"),
+                "cells": rows * problem.H * max(4, size) * cells * (problem.cell == "lstm"),
                 "gradient of gates": 0 if saved else window * SAVED.get(problem.cell, 1),
                 "gradient of the output": 0 if top else h,
-                "gradient of the input": rows * (problem.H if layer else problem.I) * size,
+                "gradient of the input": of_input if behind else 0,
                 "h before each step": window if on_cuda else 0,
                 "sums of rebuilt gates": max(4, size)
                 * min(steps * problem.B * gates * problem.H, REBUILT_SUMS)
@@ -72,4 +79,5 @@ def footprint(case: Case, *, recompute: bool = False) -> Counter[str]:
             }
         )
 
-    return max(map(backward, layers), key=Counter.total)
+    moments = (backward(layer, behind) for layer in layers for behind in (False, True))
+    return max(moments, key=Counter.total)

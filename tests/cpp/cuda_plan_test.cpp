@@ -537,8 +537,9 @@ TEST_CASE("an empty batch has a plan") {
                       .blocks >= 0);
 }
 
-StackPlan stack(const LayerShape& s, int64_t layers, std::optional<Family> forced = {}) {
-  return plan_cuda_stack(s, layers, Precision::exact, kH100, forced);
+StackPlan stack(const LayerShape& s, int64_t layers, std::optional<Family> forced = {},
+                bool backward = false) {
+  return plan_cuda_stack(s, layers, Precision::exact, kH100, backward, forced);
 }
 
 // Every chunk of every layer once, behind those that it needs.
@@ -563,45 +564,53 @@ void check_order(const StackPlan& how, int64_t T, int64_t layers) {
     CHECK(!how.part(how.launches(T, layers), place, T, layers));
 }
 
+void check_stack(LayerShape s, int64_t layers, bool backward) {
+  const StackPlan how = stack(s, layers, {}, backward);
+  CHECK(how.together >= 1);
+  CHECK(how.together <= std::min<int64_t>(layers, kMaxDirections));
+  if (how.together == 1) {
+    CHECK(how.us == how.us_in_turn);
+    return;
+  }
+  CHECK(how.us < 0.95 * how.us_in_turn);
+  CHECK(how.chunk % 2 == 0);
+  CHECK(how.chunks(s.T) >= how.together);
+  CHECK(how.plan.family == Family::persistent);
+  CHECK(how.plan.launches == 1);
+  CHECK(how.plan.blocks % how.together == 0);
+  check_order(how, s.T, layers);
+  // A launch: large blocks write the weights that they stream in each.
+  const auto launches = static_cast<double>(how.launches(s.T, layers));
+  s.T = how.chunk;
+  s.directions = how.together;
+  const double us = static_cast<double>(s.T) * predicted(s, how.plan, backward) + kLaunchOfLoop;
+  CHECK(how.us == doctest::Approx(launches * us));
+}
+
 TEST_CASE("layers of a stack run side by side where SMs are idle") {
   for (Cell cell : {Cell::lstm, Cell::gru, Cell::rnn_tanh})
     for (DType dtype : {DType::bf16, DType::f32, DType::f64})
       for (int64_t layers : {1, 2, 3, 5, 8})
         for (int64_t T : {1, 2, 7, 25, 100, 1000})
           for (int64_t B : {0, 1, 16, 130})
-            for (int64_t H : {8, 256, 1024, 2056}) {
-              LayerShape s = shape(B, H, 1, cell, dtype);
-              s.T = T;
-              CAPTURE(cell);
-              CAPTURE(layers);
-              CAPTURE(T);
-              CAPTURE(H);
-              const StackPlan how = stack(s, layers);
-              CHECK(how.together >= 1);
-              CHECK(how.together <= std::min<int64_t>(layers, kMaxDirections));
-              if (how.together == 1) {
-                CHECK(how.us == how.us_in_turn);
-                continue;
+            for (int64_t H : {8, 256, 1024, 2056})
+              for (bool backward : {false, true}) {
+                LayerShape s = shape(B, H, 1, cell, dtype);
+                s.T = T;
+                CAPTURE(cell);
+                CAPTURE(layers);
+                CAPTURE(T);
+                CAPTURE(H);
+                CAPTURE(backward);
+                check_stack(s, layers, backward);
               }
-              CHECK(how.us < 0.95 * how.us_in_turn);
-              CHECK(how.chunk % 2 == 0);
-              CHECK(how.chunks(T) >= how.together);
-              CHECK(how.plan.family == Family::persistent);
-              CHECK(how.plan.launches == 1);
-              CHECK(how.plan.blocks % how.together == 0);
-              check_order(how, T, layers);
-              // A launch: large blocks write the weights that they stream in each.
-              s.T = how.chunk;
-              s.directions = how.together;
-              const auto launches = static_cast<double>(how.launches(T, layers));
-              const double us = static_cast<double>(s.T) * predicted(s, how.plan) + kLaunchOfLoop;
-              CHECK(how.us == doctest::Approx(launches * us));
-            }
   LayerShape small = shape(16, 256);
   small.T = 1000;
   CHECK(stack(small, 4).together == 4);
   CHECK(stack(small, 4).us < 0.4 * stack(small, 4).us_in_turn);
   CHECK(stack(small, 2, Family::cluster).plan.family == Family::cluster);
+  CHECK(stack(small, 4, {}, true).together == 4);
+  CHECK(stack(small, 2, Family::split, true).plan.cluster == 4);
   // One layer takes the whole chip, or a launch costs more than it saves.
   CHECK(stack(shape(64, 2048), 4).together == 1);
   small.T = 4;

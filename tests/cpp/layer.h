@@ -312,13 +312,15 @@ Backward run_backward(const Layer& l, const Forward& forward, const Upstream& up
   Array carried_dh[2], carried_dc[2];
   const int64_t SH = l.S() * l.H;
   for (int64_t begin = 0; begin < l.T; begin += steps) {
-    BackwardParams params{l.shape(), {}, l.output_stride(), begin, 0};
-    params.steps_after = std::max<int64_t>(l.T - begin - steps, 0);
+    BackwardParams params{l.shape(), {}, l.output_stride()};
+    const int64_t steps_after = std::max<int64_t>(l.T - begin - steps, 0);
     Array gates[2], grad_gates[2], projected[2], hidden[2];
     Range rows[2];
     for (int d = 0; d < l.directions; ++d) {
       const Forward::Direction& saved = forward.direction[d];
       Backward::Direction& out = result.direction[d];
+      params.direction[d].steps_before = begin;
+      params.direction[d].steps_after = steps_after;
       const auto [first, end] = params.timesteps(d);
       rows[d] = {l.starts[first], end < l.T ? l.starts[end] : l.N};
       const int64_t M = rows[d].end - rows[d].begin;
@@ -346,6 +348,8 @@ Backward run_backward(const Layer& l, const Forward& forward, const Upstream& up
                              out.reset_h.at(0),
                              out.reset_c.at(0),
                              rows[d].begin,
+                             begin,
+                             steps_after,
                              carried_dh[d].at(0),
                              carried_dc[d].at(0)};
       if (l.options && !l.rnn()) grad_gates[d].put(0, gates[d]);
