@@ -351,6 +351,7 @@ class FusedRNNBase(RNNBase):
             reset_states = self._initial_states(sequence, batch)
 
         cell, options = self.mode.lower(), self._cell_options()
+        recompute = _recomputes(self.save)
         drops = self.training and self.dropout > 0
         rows: Any = {"batch_sizes": batch_sizes, "lengths": lengths, "resets": resets}
         if packed:
@@ -376,7 +377,7 @@ class FusedRNNBase(RNNBase):
                 reset_states=reset_states,
                 options=options,
                 dropout=self.dropout if drops else 0,
-                recompute=self.save == "recompute",
+                recompute=recompute,
                 **rows,
             )
             return output, last, []
@@ -400,7 +401,7 @@ class FusedRNNBase(RNNBase):
                 reset_cx=reset_cx,
                 options=options,
                 all_cells=all_states and cell == "lstm",
-                recompute=self.save == "recompute",
+                recompute=recompute,
                 **rows,
             )
             final.append((h_n,) if c_n is None else (h_n, c_n))
@@ -525,8 +526,13 @@ def _check_options(options: dict[str, Any], mode: str, batch_first: bool) -> Non
     if options["cell_clip"] is not None and mode != "LSTM":
         value, kind = options["cell_clip"], mode.split("_")[0]
         raise ValueError(f"cell_clip needs the c of an LSTM, not {kind}, got {value}")
-    if options["save"] not in ("gates", "recompute"):
-        raise ValueError(f"save must be 'gates' or 'recompute', got {options['save']!r}")
+    _recomputes(options["save"])
+
+
+def _recomputes(save: str) -> bool:
+    if save not in ("gates", "recompute"):
+        raise ValueError(f"save must be 'gates' or 'recompute', got {save!r}")
+    return save == "recompute"
 
 
 def _by_layer(states: tuple[Tensor, ...], layers: int) -> list[Any]:

@@ -444,6 +444,16 @@ def test_wrong_options(
         getattr(rnn_fused, name)(3, 5, **options)
 
 
+def test_save_may_change_later() -> None:
+    module, x = rnn_fused.GRU(3, 5, 2), torch.randn(4, 2, 3, requires_grad=True)
+    expected = torch.autograd.grad(module(x)[0].sum(), x)
+    module.save = "recompute"
+    torch.testing.assert_close(torch.autograd.grad(module(x)[0].sum(), x), expected)
+    module.save = "Recompute"
+    with pytest.raises(ValueError, match="save must be 'gates' or 'recompute', got 'Recompute'"):
+        module(x)
+
+
 def test_the_op_refuses_what_its_cell_lacks() -> None:
     for cell, options, message in (
         ("rnn_tanh", CellOptions(gate_slope=2.0), r"^\[rnn_tanh\] gate_slope needs gates"),

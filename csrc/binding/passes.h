@@ -171,13 +171,13 @@ struct Window : BackwardParams {
 struct Saved {
   Tensor output, gates, cells;
 };
-// What becomes of the gates and cells: they are there afterwards; the gates have those of their
-// gradients in their place; or nothing is left of either, since their memory is given back as soon
-// as nothing reads it.
-enum class Reuse { none, gates, all };
 struct Upstream {
   OptionalTensor output, h_n, c_n, cells;
 };
+
+// What becomes of saved gates and cells: they stay; their gradients take the place of the gates; or
+// nothing is left of either, since their memory is given back as soon as nothing reads it.
+enum class Reuse { none, gates, all };
 
 // The gradients of the initial states of a layer, [D, B, ...], or of a stack of so many like it.
 struct StateGradients {
