@@ -15,7 +15,7 @@ flat arguments. Those of a stack have its states, and field by field the layers 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, compress, repeat
+from itertools import chain, compress, islice, repeat
 from typing import Any
 
 import torch
@@ -133,7 +133,7 @@ class StackForward(Function):
         ctx.call, ctx.layers, masks, _, _, sizes, resets, *primals = inputs
         output, _, c_n, *saved = outputs
         ctx.primals = len(primals)
-        ctx.save_for_backward(sizes, resets, *primals, *masks, output, *saved)
+        ctx.save_for_backward(sizes, resets, output, *saved, *primals, *masks)
         absent = [c_n] if c_n.dim() == 1 else []
         ctx.mark_non_differentiable(*saved[ctx.layers - 1 :], *absent)
         ctx.set_materialize_grads(False)
@@ -141,14 +141,15 @@ class StackForward(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needed, layers = ctx.needs_input_grad[7:], ctx.layers
-        sizes, resets, *rest = ctx.saved_tensors
-        primals, rest = rest[: ctx.primals], rest[ctx.primals :]
-        rest, gates, cells = rest[: -2 * layers], rest[-2 * layers : -layers], rest[-layers:]
-        masks, output, below = rest[:-layers], rest[-layers], rest[len(rest) - layers + 1 :]
+        sizes, resets, output, *rest = ctx.saved_tensors
+        saved = iter(rest)
+        counts = layers - 1, layers, layers, ctx.primals
+        below, gates, cells, primals = ([*islice(saved, count)] for count in counts)
+        masks = [*saved]
         states, of_below = grads[:3], grads[3 : 2 + layers]
         if _one_by_one(grads) or any(g is not None for g in of_below):
-            saved = [*zip([*below, output], gates, cells, strict=True)]
-            how = ctx.call, sizes, resets, saved, masks
+            of_layers = [*zip([*below, output], gates, cells, strict=True)]
+            how = ctx.call, sizes, resets, of_layers, masks
             gradients = _layers_in_turn(how, [*of_below, states[0]], states[1:], primals, needed)
             return *(None,) * 7, *gradients
         op = library.stack_backward
@@ -268,35 +269,34 @@ def _layers_in_turn(
     def own(states: Slots, layer: int) -> list[Tensor | None]:
         return [s if s is None else s[layer * size : (layer + 1) * size] for s in states]
 
-    places = [  # of the layers' own slots among those of the stack
-        [k + d for k in range(layer * size, len(slots), layers * size) for d in range(size)]
-        for layer in range(layers)
-    ]
-    of_states: list[Any] = []
-    of_slots: list[Tensor | None] = [None] * len(slots)
+    def own_slots(values: Sequence[Any], layer: int) -> list[Any]:
+        fields = range(layer * size, len(values), layers * size)
+        return [value for k in fields for value in values[k : k + size]]
+
+    of_layers: list[Any] = []  # gradients of their own states and slots
     above: Tensor | None = None  # the gradient of a layer's input
     for layer in reversed(range(layers)):
         input: Any = primals[0] if layer == 0 else saved[layer - 1][0]
         mask = masks[layer - 1] if masks and layer > 0 else None
         if mask is not None:
             input = input * mask
-        mine = [slots[place] for place in places[layer]]
-        tensors = sizes, resets, *saved[layer], input, *own(primals[1:STATES], layer), *mine
+        mine = *own(primals[1:STATES], layer), *own_slots(slots, layer)
+        tensors = sizes, resets, *saved[layer], input, *mine
         given = grad_outputs[layer]
         total = above if given is None else given if above is None else given + above
         grads = total, *own(grad_states, layer), None, None
-        wanted = [needed[STATES + place] for place in places[layer]]
-        wanted = [layer > 0 or needed[0], *needed[1:STATES], *wanted]
+        wanted = layer > 0 or needed[0], *needed[1:STATES], *own_slots(needed[STATES:], layer)
         above, *gradients = _layer_gradients(call, tensors, grads, wanted, False)
         if mask is not None and above is not None:
             above = above * mask
-        of_states.insert(0, gradients[: STATES - 1])
-        for place, gradient in zip(places[layer], gradients[STATES - 1 :], strict=True):
-            of_slots[place] = gradient
+        of_layers.insert(0, gradients)
+    of_states = zip(*(gradients[: STATES - 1] for gradients in of_layers), strict=True)
     states = [
         torch.cat(parts) if need and parts[0] is not None else None
-        for need, parts in zip(needed[1:STATES], zip(*of_states, strict=True), strict=True)
+        for need, parts in zip(needed[1:STATES], of_states, strict=True)
     ]
+    fields = range(STATES - 1, STATES - 1 + FIELDS * size, size)
+    of_slots = [g for k in fields for gradients in of_layers for g in gradients[k : k + size]]
     return [above, *states, *of_slots]
 
 

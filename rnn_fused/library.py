@@ -160,14 +160,10 @@ def _fake_stack(
     results = _fake_results(cell, input, hx, layers, directions, hidden, output_size)
     if not (save_gates or save_cells):
         return *results, [], [], []
-    gates, cells = zip(
-        *(
-            _fake_saved(cell, input, sizes, directions, hidden, save_gates, save_cells)
-            for _ in range(layers)
-        ),
-        strict=True,
-    )
-    return *results, [results[0].new_empty(results[0].shape) for _ in gates[1:]], [*gates], [*cells]
+    below = [results[0].new_empty(results[0].shape) for _ in range(layers - 1)]
+    how = cell, input, sizes, directions, hidden, save_gates, save_cells
+    saved = [_fake_saved(*how) for _ in range(layers)]
+    return *results, below, [gates for gates, _ in saved], [cells for _, cells in saved]
 
 
 def _fake_saved(

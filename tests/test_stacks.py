@@ -628,11 +628,10 @@ def test_the_ops_equal_their_layers(
     torch.testing.assert_close(saved, results, rtol=0, atol=0)
     grads = upstream([output, *states], directions)
     wanted = gradients_one_by_one(layers, results, grads, "auto", masks)
-    after = primals, [masks, output, below, gates, cells, True, True, True]
-    *ours, of_weights = library.stack_backward(*grads, *after[0], *after[1])
-    torch.testing.assert_close([*ours, *of_weights], wanted, rtol=0, atol=0)
-    *ours, of_weights = library.stack_backward_(*grads, *after[0], *after[1])
-    torch.testing.assert_close([*ours, *of_weights], wanted, rtol=0, atol=0)
+    after = masks, output, below, gates, cells, True, True, True
+    for op in (library.stack_backward, library.stack_backward_):
+        *ours, of_weights = op(*grads, *primals, *after)
+        torch.testing.assert_close([*ours, *of_weights], wanted, rtol=0, atol=0)
     assert not any(t.numel() for t in (*gates, *cells))  # whose memory is given back
 
 

@@ -281,10 +281,8 @@ inline Gradients run_backward(const Layer& layer, const BackwardPass& pass, cons
     const Window window = pass.window(k);
     if (pass.rebuild_gates) rebuild_gates(layer, pass, window, stream);
     if (layer.shape.B > 0) loop.run(window);
-    if (k == 0) {
-      pass.spend_cells();
-      grads.make_input(layer, pass, need_input);
-    }
+    if (k + 1 == pass.windows()) pass.spend_cells();
+    if (k == 0) grads.make_input(layer, pass, need_input);
     if (layer.shape.sizes_on_device) {  // the large products cover the tail
       const int64_t D = layer.D(), H = layer.shape.H;
       zero_tail(layer, pass.grad_gates, D, layer.S() * H, stream);
@@ -297,7 +295,7 @@ inline Gradients run_backward(const Layer& layer, const BackwardPass& pass, cons
     if (need_weights) weight_gradients(layer, pass, window, grads, stream);
   }
   if (need_input && layer.rows < layer.N) zero_known_tail(layer, grads.input, 1, layer.I);
-  pass.spend();
+  pass.spend_gates();
   grads.round_sums();
   return grads;
 }

@@ -164,7 +164,7 @@ class StackedBackward {
     if (need_input_ && layer_->rows < layer_->N)
       zero_known_tail(*layer_, grads_.input, 1, layer_->I);
     if (need_weights_) weight_gradients(*layer_, pass_, pass_.window(0), grads_, stream);
-    pass_.spend();
+    pass_.spend_gates();
   }
 
   const Gradients& gradients() const { return grads_; }

@@ -340,10 +340,8 @@ Gradients run_backward(const Layer& layer, const BackwardPass& pass, bool need_i
       if (pass.rebuild_gates && window.count(d) > 0) rebuild_gates(layer, window, d, operands[d]);
     }
     if (layer.shape.B > 0) cpu_backward(selected_isa(), window, torch_threads());
-    if (k == 0) {
-      pass.spend_cells();
-      grads.make_input(layer, pass, need_input);
-    }
+    if (k + 1 == pass.windows()) pass.spend_cells();
+    if (k == 0) grads.make_input(layer, pass, need_input);
     // Directions that come to the same rows in the same window are one product.
     const int together = pass.adds_to_input() ? 1 : window.directions;
     for (int d = 0; d < window.directions; ++d) {
@@ -355,7 +353,7 @@ Gradients run_backward(const Layer& layer, const BackwardPass& pass, bool need_i
   }
   if (need_input && layer.has_tail()) zero_known_tail(layer, grads.input, 1, layer.I);
   if (need_input && layer.padded) zero_padding(layer, grads.input, layer.I);
-  pass.spend();
+  pass.spend_gates();
   grads.round_sums();
   return grads;
 }

@@ -265,12 +265,10 @@ struct BackwardPass {
 
   // Behind the whole loop, and behind all that follows.
   void spend_cells() const {
-    if (reuse_ == Reuse::all && !several() && layer_.lstm()) empty(saved_.cells);
+    if (reuse_ == Reuse::all && layer_.lstm()) empty(saved_.cells);
   }
-  void spend() const {
-    if (reuse_ != Reuse::all) return;
-    if (layer_.lstm()) empty(saved_.cells);
-    if (gates.defined()) empty(saved_.gates);
+  void spend_gates() const {
+    if (reuse_ == Reuse::all && gates.defined()) empty(saved_.gates);
   }
 
   // For a loop in windows, or in chunks.
